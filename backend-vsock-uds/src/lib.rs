@@ -1,0 +1,9 @@
+//! `backend-vsock-uds`: a vhost-user virtio-vsock device that muxes Unix sockets of the host.
+//!
+//! | module | job |
+//! |---|---|
+//! | [`packet`] | packet headers; pure |
+//! | [`conn`] | one connection: state machine and credit; pure |
+
+pub mod conn;
+pub mod packet;
