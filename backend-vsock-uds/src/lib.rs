@@ -3,7 +3,9 @@
 //! | module | job |
 //! |---|---|
 //! | [`packet`] | packet headers; pure |
+//! | [`host`] | the Unix socket side: greeting of host programs |
 //! | [`conn`] | one connection: state machine and credit; pure |
 
 pub mod conn;
+pub mod host;
 pub mod packet;

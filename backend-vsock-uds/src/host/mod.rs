@@ -1,0 +1,3 @@
+//! The host's side of a connection: Unix sockets.
+
+pub mod hello;
