@@ -39,6 +39,7 @@ pub mod credit;
 pub mod machine;
 #[cfg(test)]
 mod model;
+pub mod txbuf;
 
 /// How long a connection may stay in a state that waits for a peer. Milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
