@@ -32,7 +32,14 @@ impl<'a> DirBuffer<'a> {
     }
 
     /// Appends an entry with attributes; `None` means "attributes not known" (node id 0).
-    pub fn push_plus(&mut self, _name: &[u8], _ino: u64, _next: u64, _kind: u32, _entry: Option<&Entry>) -> bool {
+    pub fn push_plus(
+        &mut self,
+        _name: &[u8],
+        _ino: u64,
+        _next: u64,
+        _kind: u32,
+        _entry: Option<&Entry>,
+    ) -> bool {
         false
     }
 }
