@@ -214,7 +214,7 @@ mod tests {
         }
 
         #[test]
-        fn quiet_load_spins_below_one_window_in_total(window in 0u64..8, gap in 51u64..100_000) {
+        fn quiet_load_spins_below_one_window_in_total(window in 0u64..8, gap in 51u32..100_000) {
             let mut poll = PollWindow::new(DEFAULT_MAX, 4);
             for _ in 0..window {
                 poll.work(US);
