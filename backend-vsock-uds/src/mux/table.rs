@@ -76,14 +76,14 @@ impl<C> Table<C> {
         }
     }
 
-    /// Live connections.
+    /// Live connections, those that lost their pair included.
     pub fn len(&self) -> usize {
-        self.by_pair.len()
+        self.slots.len() - self.free.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.by_pair.is_empty()
+        self.len() == 0
     }
 
     /// Adds a connection.
@@ -156,6 +156,15 @@ impl<C> Table<C> {
             self.by_pair.remove(&pair);
         }
         Some((pair, connection))
+    }
+
+    /// Frees the pair of a connection that the DPU knows no more, while the connection lives on.
+    pub fn release_pair(&mut self, token: Token) {
+        if let Some((pair, _)) = self.get_mut(token)
+            && self.by_pair.get(&pair) == Some(&token)
+        {
+            self.by_pair.remove(&pair);
+        }
     }
 
     /// All live tokens.
