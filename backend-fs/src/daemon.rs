@@ -10,6 +10,18 @@ pub enum Error {
     NoDevice(std::path::PathBuf),
 }
 
+impl Error {
+    /// Exit status.
+    pub fn exit_code(&self) -> u8 {
+        1
+    }
+
+    /// Whether the reason was printed already, by the other process.
+    pub fn is_reported(&self) -> bool {
+        false
+    }
+}
+
 /// Serves until the front end is gone for good or a signal ends the daemon.
 pub fn run(config: Config) -> Result<(), Error> {
     Err(Error::NoDevice(config.shared_dir.as_path().to_owned()))
