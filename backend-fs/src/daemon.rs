@@ -31,7 +31,7 @@ pub const SERVER_CALLS: &[&[Call]] = &[RUNTIME_CALLS, CALLS, listener::CALLS];
 pub enum Error {
     /// Limit of open files.
     #[error(transparent)]
-    Limits(#[from] limits::TooSmall),
+    Limits(#[from] limits::Error),
     /// The endpoint.
     #[error(transparent)]
     Listener(#[from] listener::Error),
