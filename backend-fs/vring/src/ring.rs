@@ -25,6 +25,8 @@
 //! other; without, a flag. While a worker polls, kicks are off ([`Ring::disarm_kick`]); before it
 //! sleeps it arms them ([`Ring::arm_kick`]) and looks once more, so that no request is missed.
 
+mod give_back;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
