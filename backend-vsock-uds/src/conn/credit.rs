@@ -6,18 +6,15 @@
 //! (our numbers; a DPU that overruns them is reset).
 //!
 //! All counters are 32 bits and wrap. The arithmetic is on *differences*, which never exceed the
-//! bytes in flight; it holds across the wrap as long as less than 2^32 bytes are in flight, which the
-//! budgets guarantee. What a hostile DPU can do with its two numbers:
+//! bytes in flight, and those never exceed a 32-bit `buf_alloc`: it holds across the wrap. What a
+//! hostile DPU can do with its two numbers:
 //!
 //! | it says | result here |
 //! |---|---|
 //! | `buf_alloc` smaller than what is in flight | credit 0 until it has caught up (a plain subtraction would wrap to 4 GiB, CVE-2026-23069) |
-//! | `buf_alloc` of 4 GiB | at most [`MAX_IN_FLIGHT`] bytes in flight (CVE-2026-23086) |
+//! | `buf_alloc` of 4 GiB | nothing: bytes go from the host socket straight into buffers that the DPU itself provides, none are queued here (a sender that queues would, CVE-2026-23086). A bound below what the DPU offers would even be wrong: Linux reports what it has read by what it offered, and would be waited for in vain |
 //! | `fwd_cnt` ahead of what was sent, or going backwards | the update is ignored and reported |
 #![forbid(unsafe_code)]
-
-/// Bytes that may be in flight towards the DPU on one connection, whatever it offers.
-pub const MAX_IN_FLIGHT: u32 = 16 << 20;
 
 /// The DPU's `fwd_cnt` does not fit what was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,9 +45,14 @@ impl SendCredit {
         self.sent.wrapping_sub(self.peer_fwd_cnt)
     }
 
+    /// The DPU's receive buffer, as it said last.
+    pub fn peer_buffer(&self) -> u32 {
+        self.peer_buf_alloc
+    }
+
     /// Bytes that may be sent now.
     pub fn available(&self) -> u32 {
-        self.peer_buf_alloc.min(MAX_IN_FLIGHT).saturating_sub(self.in_flight())
+        self.peer_buf_alloc.saturating_sub(self.in_flight())
     }
 
     /// Records `bytes` as sent. Callers send at most [`SendCredit::available`].
@@ -123,6 +125,13 @@ impl ReceiveWindow {
         self.forwarded = self.forwarded.wrapping_add(bytes);
     }
 
+    /// Makes the window smaller, if the DPU does not know of it yet.
+    pub fn limit(&mut self, buf_alloc: u32) {
+        if self.told_buf_alloc == 0 {
+            self.buf_alloc = self.buf_alloc.min(buf_alloc);
+        }
+    }
+
     /// Makes the window larger. It never shrinks: bytes may be on their way.
     pub fn grow(&mut self, buf_alloc: u32) {
         self.buf_alloc = self.buf_alloc.max(buf_alloc);
@@ -150,6 +159,20 @@ impl ReceiveWindow {
 }
 
 #[cfg(test)]
+impl SendCredit {
+    pub fn start_at(&mut self, count: u32) {
+        (self.sent, self.peer_fwd_cnt) = (count, count);
+    }
+}
+
+#[cfg(test)]
+impl ReceiveWindow {
+    pub fn start_at(&mut self, count: u32) {
+        (self.received, self.forwarded, self.told_forwarded) = (count, count, count);
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -164,10 +187,13 @@ mod tests {
     }
 
     #[test]
-    fn a_huge_buffer_does_not_lift_the_bound() {
+    fn the_largest_buffer_can_be_filled_and_not_overrun() {
         let mut credit = SendCredit::new();
         credit.update(u32::MAX, 0).expect("first update");
-        assert_eq!(credit.available(), MAX_IN_FLIGHT);
+        credit.sent(u32::MAX);
+        assert_eq!((credit.in_flight(), credit.available()), (u32::MAX, 0));
+        credit.update(u32::MAX, u32::MAX).expect("all of it was read");
+        assert_eq!((credit.in_flight(), credit.available()), (0, u32::MAX));
     }
 
     #[test]
@@ -204,6 +230,15 @@ mod tests {
                 assert_eq!(credit.in_flight(), 0);
             }
         }
+    }
+
+    #[test]
+    fn a_window_shrinks_only_while_the_dpu_does_not_know_it() {
+        let mut window = ReceiveWindow::new(1000);
+        window.limit(600);
+        assert_eq!(window.tell(), (600, 0));
+        window.limit(10);
+        assert_eq!(window.size(), 600);
     }
 
     #[test]
@@ -250,14 +285,15 @@ mod tests {
         }
 
         #[test]
-        fn hostile_updates_never_give_more_than_the_bound(updates in proptest::collection::vec((any::<u32>(), any::<u32>()), 1..100)) {
+        fn hostile_updates_never_give_more_than_was_offered(updates in proptest::collection::vec((any::<u32>(), any::<u32>()), 1..100)) {
             let mut credit = SendCredit::new();
             for (buf_alloc, fwd_cnt) in updates {
                 let _ = credit.update(buf_alloc, fwd_cnt);
-                let available = credit.available();
-                prop_assert!(available <= MAX_IN_FLIGHT);
+                let (available, before) = (credit.available(), credit.in_flight());
+                let most = credit.peer_buf_alloc.max(before);
+                prop_assert!(u64::from(before) + u64::from(available) <= u64::from(most));
                 credit.sent(available / 2);
-                prop_assert!(credit.in_flight() <= MAX_IN_FLIGHT);
+                prop_assert_eq!(credit.in_flight(), before + available / 2);
             }
         }
     }

@@ -35,6 +35,9 @@ pub enum Input {
     DpuRst,
     /// The DPU sent this many payload bytes.
     DpuData(u32),
+    /// The payload so far ends a record, which waits for the host socket as a whole. Only told for host
+    /// sockets that keep records, where even an empty record has to be delivered.
+    DpuRecord,
     /// The DPU ended directions: `SHUTDOWN_*` flags.
     DpuShutdown(u32),
     /// The DPU wants to know the buffer space.
@@ -49,6 +52,10 @@ pub enum Input {
     HostGone,
     /// The host socket took this many of the buffered bytes.
     HostTook(u32),
+    /// The host socket took a record of this many bytes.
+    HostTookRecord(u32),
+    /// The device cannot go on with the connection.
+    Abort,
     /// The deadline of [`Connection::deadline`] passed.
     DeadlinePassed,
 }
@@ -103,6 +110,8 @@ pub struct Connection {
     request_sent: bool,
     credit: SendCredit,
     window: ReceiveWindow,
+    /// Records that wait for the host socket.
+    records: u32,
 }
 
 impl Connection {
@@ -136,6 +145,7 @@ impl Connection {
             request_sent: false,
             credit: SendCredit::new(),
             window: ReceiveWindow::new(window),
+            records: 0,
         }
     }
 
@@ -164,9 +174,19 @@ impl Connection {
         self.window.size()
     }
 
+    /// Makes the receive window smaller, if the DPU has not been told of it.
+    pub fn limit_window(&mut self, size: u32) {
+        self.window.limit(size);
+    }
+
     /// Makes the receive window larger; the DPU learns it with the next packet.
     pub fn grow_window(&mut self, size: u32) {
         self.window.grow(size);
+    }
+
+    /// Whether the DPU takes what the host sends.
+    pub fn dpu_receives(&self) -> bool {
+        self.dpu_receives
     }
 
     /// Nothing is owed to anyone any more.
@@ -176,7 +196,7 @@ impl Connection {
 
     /// Whether the host socket is to be watched for room to write.
     pub fn wants_host_writable(&self) -> bool {
-        self.buffered() > 0
+        !self.flushed()
             && self.host_receives
             && matches!(self.state, State::Open | State::DpuClosing | State::Draining)
     }
@@ -189,6 +209,11 @@ impl Connection {
         } else {
             0
         }
+    }
+
+    /// Receive buffer of the DPU's socket, as it said last.
+    pub fn peer_buffer(&self) -> u32 {
+        self.credit.peer_buffer()
     }
 
     /// Records that `bytes` of the host went to the DPU, and gives `(buf_alloc, fwd_cnt)` for that packet.
@@ -213,42 +238,47 @@ impl Connection {
 
     /// Whether [`Connection::next_control`] would give something.
     pub fn has_control(&self) -> bool {
-        self.clone().next_op().is_some()
+        self.next_op().is_some()
     }
 
     /// The next packet without payload for the DPU, if one is due; it counts as sent.
     pub fn next_control(&mut self) -> Option<Control> {
         let (op, flags) = self.next_op()?;
+        match op {
+            Op::Rst => self.pending_rst = false,
+            Op::Request => {
+                self.pending_request = false;
+                self.request_sent = true;
+            }
+            Op::Response => self.pending_response = false,
+            Op::Shutdown => self.told_shutdown |= flags,
+            _ => {}
+        }
         let (buf_alloc, fwd_cnt) = self.tell();
         Some(Control { op, flags, buf_alloc, fwd_cnt })
     }
 
-    fn next_op(&mut self) -> Option<(Op, u32)> {
+    fn next_op(&self) -> Option<(Op, u32)> {
         if self.pending_rst {
-            self.pending_rst = false;
             return Some((Op::Rst, 0));
         }
         if matches!(self.state, State::Ended | State::Draining) {
             return None;
         }
         if self.pending_request {
-            self.pending_request = false;
-            self.request_sent = true;
             return Some((Op::Request, 0));
         }
         if self.pending_response {
-            self.pending_response = false;
             return Some((Op::Response, 0));
         }
         if matches!(self.state, State::Open | State::HostClosing) {
             let flags = self.shutdown_flags();
             if flags & !self.told_shutdown != 0 {
-                self.told_shutdown |= flags;
                 return Some((Op::Shutdown, flags));
             }
         }
-        if self.state == State::Open && self.dpu_sends && (self.pending_credit || self.window.update_is_due())
-        {
+        let credit_due = self.pending_credit || self.window.update_is_due();
+        if self.state == State::Open && self.dpu_sends && credit_due {
             return Some((Op::CreditUpdate, 0));
         }
         None
@@ -262,8 +292,12 @@ impl Connection {
             State::Open => self.open(input, now),
             State::DpuClosing => self.dpu_closing(input, now),
             State::HostClosing => self.host_closing(input),
-            State::Draining => self.draining(input),
-            State::Ended => Effects::default(),
+            State::Draining => self.draining(input, now),
+            State::Ended => {
+                // The DPU has forgotten the pair already.
+                self.pending_rst &= input != Input::DpuRst;
+                Effects::default()
+            }
         }
     }
 
@@ -280,11 +314,16 @@ impl Connection {
             Input::HostRefused
             | Input::HostGone
             | Input::DeadlinePassed
+            | Input::Abort
             | Input::DpuRequest
             | Input::DpuResponse
             | Input::DpuData(_)
             | Input::DpuShutdown(_) => self.end(true),
-            Input::DpuCreditRequest | Input::HostEof | Input::HostTook(_) => Effects::default(),
+            Input::DpuCreditRequest
+            | Input::DpuRecord
+            | Input::HostEof
+            | Input::HostTook(_)
+            | Input::HostTookRecord(_) => Effects::default(),
         }
     }
 
@@ -302,11 +341,17 @@ impl Connection {
                 Effects::default()
             }
             // What the DPU was never asked need not be taken back.
-            Input::HostGone | Input::HostRefused | Input::DeadlinePassed => self.end(self.request_sent),
+            Input::HostGone | Input::HostRefused | Input::Abort | Input::DeadlinePassed => {
+                self.end(self.request_sent)
+            }
             Input::DpuResponse | Input::DpuRequest | Input::DpuData(_) | Input::DpuShutdown(_) => {
                 self.end(true)
             }
-            Input::DpuCreditRequest | Input::HostConnected | Input::HostTook(_) => Effects::default(),
+            Input::DpuCreditRequest
+            | Input::DpuRecord
+            | Input::HostConnected
+            | Input::HostTook(_)
+            | Input::HostTookRecord(_) => Effects::default(),
         }
     }
 
@@ -322,8 +367,12 @@ impl Connection {
                 }
                 Effects { keep_data: true, ..Effects::default() }
             }
-            Input::HostTook(bytes) => {
-                self.window.forward(bytes);
+            Input::DpuRecord => {
+                self.records += 1;
+                Effects::default()
+            }
+            Input::HostTook(_) | Input::HostTookRecord(_) => {
+                self.took(input);
                 Effects { shut_host_write: self.flushed() && !self.dpu_sends, ..Effects::default() }
             }
             Input::DpuShutdown(flags) => self.dpu_shutdown(flags, now),
@@ -333,7 +382,7 @@ impl Connection {
             }
             Input::HostGone => {
                 self.host_receives = false;
-                self.window.forward(self.window.buffered());
+                self.drop_buffered();
                 let effects = self.close_if_host_left(now);
                 Effects { discard: true, ..effects }
             }
@@ -342,7 +391,7 @@ impl Connection {
                 Effects::default()
             }
             Input::DpuRst => self.drain(now),
-            Input::DpuRequest | Input::DpuResponse => self.end(true),
+            Input::DpuRequest | Input::DpuResponse | Input::Abort => self.end(true),
             Input::HostConnected | Input::HostRefused | Input::DeadlinePassed => Effects::default(),
         }
     }
@@ -370,17 +419,21 @@ impl Connection {
 
     fn dpu_closing(&mut self, input: Input, now: u64) -> Effects {
         match input {
-            Input::HostTook(bytes) => {
-                self.window.forward(bytes);
+            Input::HostTook(_) | Input::HostTookRecord(_) => {
+                self.took(input);
                 if self.flushed() { self.end(true) } else { Effects::default() }
             }
             Input::DpuRst => self.drain(now),
-            Input::HostGone
-            | Input::DeadlinePassed
-            | Input::DpuRequest
-            | Input::DpuResponse
-            | Input::DpuData(_) => self.end(true),
+            // The host reads slowly, or not at all: the DPU need not wait any longer.
+            Input::DeadlinePassed => {
+                self.pending_rst = true;
+                self.drain(now)
+            }
+            Input::HostGone | Input::Abort | Input::DpuRequest | Input::DpuResponse | Input::DpuData(_) => {
+                self.end(true)
+            }
             Input::DpuShutdown(_)
+            | Input::DpuRecord
             | Input::DpuCreditRequest
             | Input::HostConnected
             | Input::HostRefused
@@ -396,27 +449,59 @@ impl Connection {
                 self.dpu_receives &= flags & SHUTDOWN_RECEIVE == 0;
                 if self.dpu_sends || self.dpu_receives { Effects::default() } else { self.end(true) }
             }
-            Input::DeadlinePassed | Input::DpuRequest | Input::DpuResponse => self.end(true),
+            Input::DeadlinePassed | Input::Abort | Input::DpuRequest | Input::DpuResponse => self.end(true),
             // Bytes that were under way when the host left: nobody wants them.
             Input::DpuData(_)
+            | Input::DpuRecord
             | Input::DpuCreditRequest
             | Input::HostConnected
             | Input::HostRefused
             | Input::HostEof
             | Input::HostGone
-            | Input::HostTook(_) => Effects::default(),
+            | Input::HostTook(_)
+            | Input::HostTookRecord(_) => Effects::default(),
         }
     }
 
-    fn draining(&mut self, input: Input) -> Effects {
+    fn draining(&mut self, input: Input, now: u64) -> Effects {
         match input {
-            Input::HostTook(bytes) => {
-                self.window.forward(bytes);
-                if self.flushed() { self.end(false) } else { Effects::default() }
+            Input::HostTook(_) | Input::HostTookRecord(_) => {
+                self.took(input);
+                self.deadline = Some(now.saturating_add(self.timeouts.drain));
+                if self.flushed() { self.end(self.pending_rst) } else { Effects::default() }
             }
-            Input::HostGone | Input::DeadlinePassed => self.end(false),
-            _ => Effects::default(),
+            Input::HostGone | Input::Abort | Input::DeadlinePassed => self.end(self.pending_rst),
+            Input::DpuRst => {
+                self.pending_rst = false;
+                Effects::default()
+            }
+            Input::DpuRequest
+            | Input::DpuResponse
+            | Input::DpuData(_)
+            | Input::DpuRecord
+            | Input::DpuShutdown(_)
+            | Input::DpuCreditRequest
+            | Input::HostConnected
+            | Input::HostRefused
+            | Input::HostEof => Effects::default(),
         }
+    }
+
+    /// The host socket took bytes, or a record.
+    fn took(&mut self, input: Input) {
+        match input {
+            Input::HostTook(bytes) => self.window.forward(bytes),
+            Input::HostTookRecord(bytes) => {
+                self.window.forward(bytes);
+                self.records = self.records.saturating_sub(1);
+            }
+            _ => {}
+        }
+    }
+
+    fn drop_buffered(&mut self) {
+        self.window.forward(self.window.buffered());
+        self.records = 0;
     }
 
     /// The host has left for good once it neither sends nor receives.
@@ -432,10 +517,10 @@ impl Connection {
     /// The DPU is gone; its last bytes still go to the host.
     fn drain(&mut self, now: u64) -> Effects {
         if self.flushed() || !self.host_receives {
-            return self.end(false);
+            return self.end(self.pending_rst);
         }
         self.state = State::Draining;
-        self.deadline = Some(now.saturating_add(self.timeouts.linger));
+        self.deadline = Some(now.saturating_add(self.timeouts.drain));
         Effects { shut_host_read: true, ..Effects::default() }
     }
 
@@ -444,12 +529,12 @@ impl Connection {
         self.deadline = None;
         self.pending_rst = rst;
         let discard = !self.flushed();
-        self.window.forward(self.window.buffered());
+        self.drop_buffered();
         Effects { close_host: true, discard, ..Effects::default() }
     }
 
     fn flushed(&self) -> bool {
-        self.window.buffered() == 0
+        self.window.buffered() == 0 && self.records == 0
     }
 
     fn shutdown_flags(&self) -> u32 {
@@ -459,6 +544,15 @@ impl Connection {
         let sends = if self.host_sends { 0 } else { SHUTDOWN_SEND };
         let receives = if self.host_receives { 0 } else { SHUTDOWN_RECEIVE };
         sends | receives
+    }
+}
+
+#[cfg(test)]
+impl Connection {
+    /// As if `count` bytes had gone each way and been taken.
+    pub fn start_counters_at(&mut self, count: u32) {
+        self.credit.start_at(count);
+        self.window.start_at(count);
     }
 }
 

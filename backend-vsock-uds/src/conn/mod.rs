@@ -21,15 +21,18 @@
 //!                   Ended ◄──RST, flushed── DpuClosing  (the DPU closed; its last bytes go to the host)
 //!                     ▲                           │
 //!                     ├──RST, deadline──── HostClosing  (the host closed; waiting for the DPU's RST)
-//!                     └──flushed, deadline── Draining   (the DPU is gone; its last bytes go to the host)
+//!                     └──flushed, deadline── Draining   (the DPU is gone, or has waited long enough in
+//!                                                        DpuClosing; its last bytes go to the host)
 //! ```
 //!
 //! - **Last bytes always arrive.** Bytes taken from the DPU are written to the host even when the DPU
 //!   closes or resets right after sending them (`DpuClosing`, `Draining`), for as long as the host
-//!   reads and the linger deadline allows. Bytes of the host go to the DPU before its SHUTDOWN does.
+//!   program lives and takes some of them now and then. Bytes of the host go to the DPU before its
+//!   SHUTDOWN does.
 //! - **An RST is never answered**, and after it nothing is sent on the pair.
-//! - **Deadlines**: [`Timeouts::connect`] for either kind of connecting, [`Timeouts::linger`] for the
-//!   three closing states. `Open` has none: an idle connection is legal for ever.
+//! - **Deadlines**: [`Timeouts::connect`] for either kind of connecting, [`Timeouts::linger`] for
+//!   peers that owe an RST, [`Timeouts::drain`] for a host program that reads nothing more of a DPU
+//!   that is gone. `Open` has none: an idle connection is legal for ever.
 //!
 //! [`machine::Connection`] holds the state and the counters of [`credit`]; it is told what happened
 //! ([`machine::Input`]), says what to do to the host socket ([`machine::Effects`]), and is asked what
@@ -49,10 +52,15 @@ pub struct Timeouts {
     pub connect: u64,
     /// For the peer to finish a close. Linux gives up on its side after 8 s (`VSOCK_CLOSE_TIMEOUT`).
     pub linger: u64,
+    /// For the host program to take more of what a DPU socket left behind that is closed. What the DPU
+    /// wrote and closed counts as sent there, so this is long.
+    pub drain: u64,
+    /// For a host program to say which port it wants. Somebody may be typing it.
+    pub greeting: u64,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { connect: 2_000, linger: 8_000 }
+        Self { connect: 2_000, linger: 8_000, drain: 300_000, greeting: 10_000 }
     }
 }

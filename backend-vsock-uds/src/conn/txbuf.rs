@@ -11,20 +11,18 @@ use std::collections::VecDeque;
 /// again and again. Bytes.
 const KEPT: usize = 4096;
 
-/// End of a record in the buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecordEnd {
-    /// Bytes from the start of the buffer to the end of the record.
-    pub at: usize,
-    /// The record carried `MSG_EOR`.
-    pub eor: bool,
-}
+/// Set in a record's length when it carried `MSG_EOR`. Windows are far below 2 GiB.
+const EOR: u32 = 1 << 31;
 
 /// The buffer.
 #[derive(Debug, Default)]
 pub struct TxBuf {
     bytes: VecDeque<u8>,
-    ends: VecDeque<RecordEnd>,
+    /// Lengths of the complete records, with [`EOR`]. Four bytes each, because a DPU may send a window
+    /// full of records of one byte.
+    records: VecDeque<u32>,
+    /// Bytes at the end that belong to a record that is not complete.
+    partial: usize,
 }
 
 impl TxBuf {
@@ -35,17 +33,43 @@ impl TxBuf {
 
     /// Whether the buffer holds no byte and no record.
     pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty() && self.ends.is_empty()
+        self.bytes.is_empty() && self.records.is_empty()
+    }
+
+    /// Complete records.
+    pub fn records(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Bytes of a record whose end has not come.
+    pub fn partial_len(&self) -> usize {
+        self.partial
+    }
+
+    /// Appends `len` bytes that `fill` writes, called with the offset and the place of each piece.
+    pub fn append(&mut self, len: usize, mut fill: impl FnMut(usize, &mut [u8])) {
+        let start = self.bytes.len();
+        self.bytes.resize(start + len, 0);
+        self.partial += len;
+        let (first, second) = self.bytes.as_mut_slices();
+        let split = first.len();
+        if start < split {
+            fill(0, &mut first[start..]);
+            fill(split - start, second);
+        } else {
+            fill(0, &mut second[start - split..]);
+        }
     }
 
     /// Appends bytes.
     pub fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend(bytes);
+        self.append(bytes.len(), |offset, place| place.copy_from_slice(&bytes[offset..offset + place.len()]));
     }
 
     /// Ends a record after the bytes so far.
     pub fn end_record(&mut self, eor: bool) {
-        self.ends.push_back(RecordEnd { at: self.bytes.len(), eor });
+        let len = std::mem::take(&mut self.partial) as u32;
+        self.records.push_back(if eor { len | EOR } else { len });
     }
 
     /// The buffered bytes, in order, in at most two pieces.
@@ -55,25 +79,33 @@ impl TxBuf {
 
     /// The first complete record: its bytes (made contiguous) and whether it carried `MSG_EOR`.
     pub fn first_record(&mut self) -> Option<(&[u8], bool)> {
-        let end = *self.ends.front()?;
-        Some((&self.bytes.make_contiguous()[..end.at], end.eor))
+        let record = *self.records.front()?;
+        Some((&self.bytes.make_contiguous()[..(record & !EOR) as usize], record & EOR != 0))
     }
 
     /// Drops the first complete record and returns its length.
     pub fn pop_record(&mut self) -> usize {
-        let Some(end) = self.ends.pop_front() else { return 0 };
-        self.bytes.drain(..end.at);
-        for later in &mut self.ends {
-            later.at -= end.at;
-        }
+        let Some(record) = self.records.pop_front() else { return 0 };
+        let len = (record & !EOR) as usize;
+        self.bytes.drain(..len);
         self.release();
-        end.at
+        len
     }
 
-    /// Drops `count` bytes from the front.
+    /// Drops `count` bytes from the front of a buffer without records.
     pub fn consume(&mut self, count: usize) {
-        self.bytes.drain(..count.min(self.bytes.len()));
+        let count = count.min(self.bytes.len());
+        self.bytes.drain(..count);
+        self.partial -= count;
         self.release();
+    }
+
+    /// Drops the bytes of a record whose end will never come, and returns how many.
+    pub fn drop_partial(&mut self) -> usize {
+        let dropped = std::mem::take(&mut self.partial);
+        self.bytes.truncate(self.bytes.len() - dropped);
+        self.release();
+        dropped
     }
 
     /// Drops everything.
@@ -84,6 +116,9 @@ impl TxBuf {
     fn release(&mut self) {
         if self.bytes.is_empty() && self.bytes.capacity() > KEPT {
             self.bytes = VecDeque::new();
+        }
+        if self.records.is_empty() && self.records.capacity() > KEPT / size_of::<u32>() {
+            self.records = VecDeque::new();
         }
     }
 }
@@ -105,8 +140,21 @@ mod tests {
         assert_eq!(buffer.first_record(), Some((&b""[..], true)), "an empty record is a record");
         assert_eq!(buffer.pop_record(), 0);
         assert_eq!(buffer.first_record(), None, "an unfinished record is not given out");
+        assert_eq!((buffer.records(), buffer.partial_len()), (0, 5));
         buffer.end_record(false);
         assert_eq!(buffer.first_record(), Some((&b"three"[..], false)));
+    }
+
+    #[test]
+    fn a_record_without_its_end_can_be_dropped() {
+        let mut buffer = TxBuf::default();
+        buffer.push(b"whole");
+        buffer.end_record(false);
+        buffer.push(b"half");
+        assert_eq!(buffer.drop_partial(), 4);
+        assert_eq!(buffer.first_record(), Some((&b"whole"[..], false)));
+        assert_eq!(buffer.pop_record(), 5);
+        assert!(buffer.is_empty());
     }
 
     #[test]

@@ -6,8 +6,9 @@ use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
+use super::sys;
 use crate::packet::Kind;
 
 /// Socket types that a connection of this kind may end at, most fitting first. A stream of the DPU may
@@ -20,12 +21,28 @@ pub fn fitting(kind: Kind) -> &'static [SocketType] {
     }
 }
 
+/// Send buffer asked for on sockets that keep records: the largest record of a DPU is as large as the
+/// window it is given, and the socket must take it whole. The kernel doubles it, and bounds it by
+/// `net.core.wmem_max`.
+const RECORD_BUFFER: usize = 256 << 10;
+
+/// Bytes of the send buffer that a record cannot use (`unix_dgram_sendmsg`, Linux `net/unix/af_unix.c`).
+const RECORD_OVERHEAD: usize = 32;
+
 /// A socket of the host.
 #[derive(Debug)]
 pub struct HostSocket {
     fd: OwnedFd,
-    /// Keeps the bounds of what is sent (SEQPACKET, DGRAM).
-    records: bool,
+    kind: SocketType,
+}
+
+/// What a record socket has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NextRecord {
+    /// A record of this many bytes, perhaps 0.
+    Record(usize),
+    /// The end: the program sends no more.
+    End,
 }
 
 /// Outcome of an attempt to connect.
@@ -45,8 +62,20 @@ impl HostSocket {
     /// # Errors
     /// When its type cannot be asked for.
     pub fn accepted(fd: OwnedFd) -> Result<Self, Errno> {
-        let kind = rustix::net::sockopt::socket_type(&fd)?;
-        Ok(Self { fd, records: kind != SocketType::STREAM })
+        let kind = sockopt::socket_type(&fd)?;
+        let socket = Self { fd, kind };
+        socket.prepare()?;
+        Ok(socket)
+    }
+
+    /// Records are received with credentials: those mark an empty record, which looks like the end of
+    /// file otherwise. A datagram socket gets an address by it, so that its peer can answer.
+    fn prepare(&self) -> Result<(), Errno> {
+        if self.keeps_records() {
+            sockopt::set_socket_passcred(&self.fd, true)?;
+            sockopt::set_socket_send_buffer_size(&self.fd, RECORD_BUFFER)?;
+        }
+        Ok(())
     }
 
     /// Connects to the socket at `path`. The path is opened first and the socket reached through the
@@ -69,8 +98,10 @@ impl HostSocket {
         for socket_type in fitting(kind) {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
             let fd = rustix::net::socket_with(AddressFamily::UNIX, *socket_type, flags, None)?;
-            match rustix::net::connect(&fd, &address) {
-                Ok(()) => return Ok(Self { fd, records: *socket_type != SocketType::STREAM }),
+            let socket = Self { fd, kind: *socket_type };
+            socket.prepare()?;
+            match rustix::net::connect(&socket.fd, &address) {
+                Ok(()) => return Ok(socket),
                 // The listener is of another type.
                 Err(Errno::PROTOTYPE) => last = Errno::PROTOTYPE,
                 Err(errno) => return Err(errno),
@@ -81,7 +112,18 @@ impl HostSocket {
 
     /// Whether each send is a record of its own.
     pub fn keeps_records(&self) -> bool {
-        self.records
+        self.kind != SocketType::STREAM
+    }
+
+    /// Whether a peer that goes away leaves no end of file behind.
+    pub fn is_datagram(&self) -> bool {
+        self.kind == SocketType::DGRAM
+    }
+
+    /// Longest record the socket takes.
+    pub fn max_record(&self) -> usize {
+        let buffer = sockopt::socket_send_buffer_size(&self.fd).unwrap_or(RECORD_OVERHEAD);
+        buffer.saturating_sub(RECORD_OVERHEAD)
     }
 
     /// Ends our sending direction: the program sees end of file.
@@ -95,15 +137,14 @@ impl HostSocket {
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Read);
     }
 
-    /// Bytes of the next record, or `EAGAIN`.
+    /// What comes next on a record socket.
     ///
     /// # Errors
-    /// Whatever receiving gives.
-    pub fn next_record_len(&self) -> Result<usize, Errno> {
-        let flags =
-            rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::TRUNC | rustix::net::RecvFlags::DONTWAIT;
-        let mut nothing = [0u8; 0];
-        rustix::net::recv(&self.fd, &mut nothing[..], flags).map(|(_, len)| len)
+    /// `EAGAIN` when nothing is there yet, and whatever else receiving gives.
+    pub fn next_record(&self) -> Result<NextRecord, Errno> {
+        let received = sys::peek_record(self.fd.as_fd())?;
+        let is_record = received.ancillary || received.len > 0 || self.is_datagram();
+        Ok(if is_record { NextRecord::Record(received.len) } else { NextRecord::End })
     }
 
     /// Receives the next record, which is at most `buffer.len()` bytes long.
@@ -156,6 +197,43 @@ mod tests {
         let path = root.path().join("stream");
         let _listener = UnixListener::bind(&path).expect("a listener");
         assert!(matches!(HostSocket::connect(&path, Kind::SeqPacket), Attempt::Refused(Errno::PROTOTYPE)));
+    }
+
+    #[test]
+    fn an_empty_record_is_not_the_end() {
+        for kind in [SocketType::SEQPACKET, SocketType::DGRAM] {
+            let (program, ours) =
+                rustix::net::socketpair(AddressFamily::UNIX, kind, SocketFlags::NONBLOCK, None)
+                    .expect("a pair");
+            let ours = HostSocket::accepted(ours).expect("a socket");
+            assert_eq!(ours.next_record(), Err(Errno::AGAIN));
+            for record in [&b""[..], b"x", b""] {
+                rustix::net::send(&program, record, rustix::net::SendFlags::empty()).expect("sent");
+            }
+            drop(program);
+            for len in [0, 1, 0] {
+                assert_eq!(ours.next_record(), Ok(NextRecord::Record(len)));
+                assert_eq!(ours.receive_record(&mut [0; 8]), Ok(len));
+            }
+            let end = if kind == SocketType::DGRAM { Err(Errno::AGAIN) } else { Ok(NextRecord::End) };
+            assert_eq!(ours.next_record(), end, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn a_record_socket_takes_a_record_of_the_default_window() {
+        let (_program, ours) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None)
+                .expect("a pair");
+        let ours = HostSocket::accepted(ours).expect("a socket");
+        let record = vec![7; ours.max_record()];
+        assert_eq!(sys::send_record(ours.as_fd(), &record, false), Ok(record.len()));
+        let (_program, ours) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None)
+                .expect("a pair");
+        let ours = HostSocket::accepted(ours).expect("a socket");
+        let record = vec![7; ours.max_record() + 1];
+        assert_eq!(sys::send_record(ours.as_fd(), &record, false), Err(Errno::MSGSIZE));
     }
 
     #[test]

@@ -29,6 +29,13 @@ impl Pieces {
         self.0.extend_from_slice(iovecs);
     }
 
+    /// Appends as many pieces as one call still takes, and returns their bytes.
+    pub fn extend_up_to_limit(&mut self, iovecs: &[libc::iovec]) -> usize {
+        let room = IOV_MAX.saturating_sub(self.0.len()).min(iovecs.len());
+        self.extend(&iovecs[..room]);
+        iovecs[..room].iter().map(|piece| piece.iov_len).sum()
+    }
+
     /// Number of pieces.
     pub fn len(&self) -> usize {
         self.0.len()
@@ -63,6 +70,14 @@ pub fn send(socket: BorrowedFd, pieces: &Pieces) -> Result<usize, Errno> {
     send_flags(socket, &pieces.0, 0)
 }
 
+/// Sends the pieces as one record; `eor` sets `MSG_EOR`.
+///
+/// # Errors
+/// As [`send`]; `EMSGSIZE` when the record is larger than the socket's buffer.
+pub fn send_pieces_as_record(socket: BorrowedFd, pieces: &Pieces, eor: bool) -> Result<usize, Errno> {
+    send_flags(socket, &pieces.0, if eor { libc::MSG_EOR } else { 0 })
+}
+
 /// Sends one record; `eor` sets `MSG_EOR`.
 ///
 /// # Errors
@@ -90,12 +105,36 @@ fn send_flags(socket: BorrowedFd, pieces: &[libc::iovec], flags: libc::c_int) ->
     outcome(unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) })
 }
 
-/// Receives into the pieces without blocking; 0 is end of file on a stream.
+/// What one receive brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Bytes; for a record, its whole length even if less was asked for.
+    pub len: usize,
+    /// Ancillary data came along and was dropped (`MSG_CTRUNC`).
+    pub ancillary: bool,
+}
+
+/// Receives into the pieces without blocking; 0 bytes are the end of file on a stream. Descriptors that
+/// come along are closed by the kernel.
 ///
 /// # Errors
 /// `EAGAIN` when nothing is there.
-pub fn receive(socket: BorrowedFd, pieces: &mut Pieces) -> Result<usize, Errno> {
-    let mut message = message(&pieces.0);
+pub fn receive(socket: BorrowedFd, pieces: &mut Pieces) -> Result<Received, Errno> {
+    receive_flags(socket, &pieces.0, 0)
+}
+
+/// Looks at the next record of a record socket without taking it.
+///
+/// # Errors
+/// `EAGAIN` when nothing is there.
+pub fn peek_record(socket: BorrowedFd) -> Result<Received, Errno> {
+    receive_flags(socket, &[], libc::MSG_PEEK | libc::MSG_TRUNC)
+}
+
+fn receive_flags(socket: BorrowedFd, pieces: &[libc::iovec], flags: libc::c_int) -> Result<Received, Errno> {
+    let mut message = message(pieces);
     // SAFETY: as in `send_flags`; the pieces are writable: DPU memory is mapped so.
-    outcome(unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) })
+    let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags | libc::MSG_DONTWAIT) };
+    let len = outcome(result)?;
+    Ok(Received { len, ancillary: message.msg_flags & libc::MSG_CTRUNC != 0 })
 }

@@ -44,8 +44,12 @@ pub struct Channel {
     pub readable: bool,
     /// The socket may take something.
     pub writable: bool,
-    /// The socket's peer hung up: after what it sent comes end of file, and writing is over.
+    /// The socket's peer sends no more: after what it sent comes end of file, and no further edge.
+    pub ending: bool,
+    /// The socket's peer is gone: writing is over, too.
     pub hung_up: bool,
+    /// Out-of-band data was seen: a read may stop short of it with more behind.
+    pub urgent: bool,
     /// End of file was told to the state machine.
     pub ended: bool,
     /// A record of the host that is not sent completely.
@@ -58,6 +62,8 @@ pub struct Channel {
     pub greets: bool,
     /// Bytes the host took; decides whether the window is worth enlarging.
     pub taken: u64,
+    /// Deadline that was set for the connection.
+    pub armed: Option<u64>,
 }
 
 impl Channel {
@@ -69,14 +75,22 @@ impl Channel {
             waiting: TxBuf::default(),
             readable: false,
             writable: false,
+            ending: false,
             hung_up: false,
+            urgent: false,
             ended: false,
             record: None,
             path: None,
             peer: None,
             greets: false,
             taken: 0,
+            armed: None,
         }
+    }
+
+    /// Whether the host socket keeps the bounds of what it is sent.
+    pub fn keeps_records(&self) -> bool {
+        self.socket.as_ref().is_some_and(HostSocket::keeps_records)
     }
 
     /// Whether there is, or may be, something to send to the DPU now.

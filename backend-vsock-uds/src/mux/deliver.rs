@@ -10,13 +10,13 @@ use vring::ring::Ring;
 use super::channel::Record;
 use super::table::{Pair, Token};
 use super::{Mux, RX_BATCH};
-use crate::conn::machine::{Control, Input};
+use crate::conn::machine::{Control, Effects, Input};
+use crate::host::socket::NextRecord;
 use crate::host::sys::{self, IOV_MAX};
-use crate::packet::{HEADER_LEN, HOST_CID, Header, Op, SEQ_EOM};
+use crate::packet::{HEADER_LEN, Header, Kind, MAX_PAYLOAD, Op, SEQ_EOM};
 
-/// Longest record of a host program that is passed on. Bytes. A Unix socket's buffer is smaller unless
-/// the host raised `net.core.wmem_max`.
-const MAX_RECORD: usize = 16 << 20;
+/// Turns of one call. More is left for the next one, so that the other queue gets its turn.
+const TURNS: usize = 16;
 
 /// What became of one turn.
 #[derive(PartialEq, Eq)]
@@ -28,9 +28,10 @@ enum Turn {
 }
 
 impl Mux {
-    /// Fills buffers of the DPU until it has none left or nobody has anything for it. Returns whether
-    /// any was filled.
+    /// Fills buffers of the DPU: a bounded number of turns, fewer when it has no buffers left or
+    /// nobody has anything for it. Returns whether anything was done.
     pub fn to_dpu(&mut self, rx: &mut Ring, now: u64) -> bool {
+        self.flush(now);
         let mut progress = false;
         while let Some(rst) = self.resets.front().copied() {
             let Some(chain) = self.buffer(rx) else { return progress };
@@ -39,10 +40,11 @@ impl Mux {
             fill(rx, chain, &rst, 0);
             progress = true;
         }
-        while let Some(token) = self.turns.pop() {
+        for _ in 0..TURNS {
+            let Some(token) = self.turns.pop() else { break };
             if self.turn(token, rx, now) == Turn::NoBuffer {
                 self.turns.unpop(token);
-                return progress;
+                break;
             }
             progress = true;
         }
@@ -50,32 +52,31 @@ impl Mux {
     }
 
     fn turn(&mut self, token: Token, rx: &mut Ring, now: u64) -> Turn {
-        loop {
-            let Some((pair, channel)) = self.table.get_mut(token) else { return Turn::Used };
+        while let Some((pair, channel)) = self.table.get_mut(token) {
             if !channel.connection.has_control() {
                 break;
             }
             let Some(chain) = self.buffer(rx) else { return Turn::NoBuffer };
             let Some((_, channel)) = self.table.get_mut(token) else {
                 self.spare.push_front(chain);
-                return Turn::Used;
+                break;
             };
             match channel.connection.next_control() {
                 Some(control) => {
                     self.counters.controls_sent += 1;
                     self.counters.resets_sent += u64::from(control.op == Op::Rst);
-                    fill(rx, chain, &self.control_header(pair, control), 0);
+                    fill(rx, chain, &header(self.cid, pair, control, 0), 0);
                 }
                 None => self.spare.push_front(chain),
             }
-            self.reconcile(token, crate::conn::machine::Effects::default(), now);
+            self.reconcile(token, Effects::default(), now);
         }
         let Some((_, channel)) = self.table.get_mut(token) else { return Turn::Used };
         if channel.connection.may_send() == 0 {
+            // An empty record needs no credit, but may_send is also 0 where nothing may go at all.
             return Turn::Used;
         }
-        let records = channel.socket.as_ref().is_some_and(|socket| socket.keeps_records());
-        if records || channel.record.is_some() {
+        if channel.keeps_records() || channel.record.is_some() {
             self.send_record(token, rx, now)
         } else {
             self.send_bytes(token, rx, now)
@@ -84,51 +85,21 @@ impl Mux {
 
     /// One read of a host stream into as many buffers as it fills.
     fn send_bytes(&mut self, token: Token, rx: &mut Ring, now: u64) -> Turn {
-        let Some((pair, channel)) = self.table.get_mut(token) else { return Turn::Used };
+        let Some((_, channel)) = self.table.get_mut(token) else { return Turn::Used };
         if !channel.readable {
             return Turn::Used;
         }
-        let credit = channel.connection.may_send() as usize;
-        let mut room = 0;
-        let mut buffers = 0;
-        self.pieces.clear();
-        while room < credit && buffers < RX_BATCH {
-            if self.spare.len() <= buffers {
-                match rx.pop() {
-                    Ok(Some(chain)) => self.spare.push_back(chain),
-                    Ok(None) | Err(_) => break,
-                }
-            }
-            let Some(here) =
-                self.spare[buffers].writable_len().checked_sub(HEADER_LEN).filter(|here| *here > 0)
-            else {
-                // A buffer that holds no packet with payload goes back unused.
-                if let Some(chain) = self.spare.remove(buffers) {
-                    self.counters.bad_packets += 1;
-                    rx.push_used(chain, 0);
-                }
-                continue;
-            };
-            let here = here.min(credit - room);
-            let Ok(slices) = self.spare[buffers].writable_slices(HEADER_LEN, here, &mut self.slices) else {
-                break;
-            };
-            if self.pieces.len() + slices.as_iovecs().len() > IOV_MAX {
-                break;
-            }
-            self.pieces.extend(slices.as_iovecs());
-            room += here;
-            buffers += 1;
-        }
+        let room = self.gather_buffers(rx, token);
         if room == 0 {
             return Turn::NoBuffer;
         }
+        let Some((pair, channel)) = self.table.get_mut(token) else { return Turn::Used };
         let Some(socket) = &channel.socket else { return Turn::Used };
         let received = sys::receive(socket.as_fd(), &mut self.pieces);
         self.pieces.clear();
-        let mut left = match received {
-            Ok(0) => return self.host_ended(token, now),
-            Ok(received) => received,
+        let received = match received {
+            Ok(received) if received.len > 0 => received,
+            Ok(_) => return self.host_ended(token, now),
             Err(Errno::INTR) => {
                 self.turns.push(token);
                 return Turn::Used;
@@ -140,82 +111,147 @@ impl Mux {
             // A reset connection ends like a closed one.
             Err(_) => return self.host_ended(token, now),
         };
-        // Less than asked for: the socket is empty, and more bytes make a new edge. After a hang-up no
-        // edge comes any more, so the end of file is read.
-        channel.readable = left == room || channel.hung_up;
-        self.counters.bytes_to_dpu += left as u64;
+        // Less than asked for: the socket is empty, and more bytes make a new edge. Not so where the
+        // kernel stopped early (at descriptors that came along, before out-of-band data), and at the end
+        // there is no edge any more.
+        let stopped_early = received.ancillary || channel.urgent || channel.ending;
+        channel.readable = received.len == room || stopped_early;
+        self.counters.bytes_to_dpu += received.len as u64;
+        let mut left = received.len;
         while left > 0 {
             let Some(chain) = self.spare.pop_front() else { break };
-            let here = (chain.writable_len() - HEADER_LEN).min(left);
+            let here = capacity(&chain).min(left);
             left -= here;
             let (buf_alloc, fwd_cnt) = channel.connection.sent(here as u32);
             let control = Control { op: Op::Rw, flags: 0, buf_alloc, fwd_cnt };
-            let header = Header { len: here as u32, ..header(self.cid, pair, control) };
-            fill(rx, chain, &header, here);
+            fill(rx, chain, &header(self.cid, pair, control, here), here);
             self.counters.packets_to_dpu += 1;
         }
-        self.reconcile(token, crate::conn::machine::Effects::default(), now);
+        self.reconcile(token, Effects::default(), now);
         Turn::Used
+    }
+
+    /// Takes buffers of the DPU for as much as the connection may send, and puts their places into
+    /// `pieces`. Returns the bytes they hold.
+    fn gather_buffers(&mut self, rx: &mut Ring, token: Token) -> usize {
+        let Some((_, channel)) = self.table.get_mut(token) else { return 0 };
+        let credit = channel.connection.may_send() as usize;
+        let (mut room, mut buffers) = (0, 0);
+        self.pieces.clear();
+        for _ in 0..RX_BATCH {
+            if room >= credit || self.pieces.len() >= IOV_MAX {
+                break;
+            }
+            if self.spare.len() <= buffers {
+                match rx.pop() {
+                    Ok(Some(chain)) => self.spare.push_back(chain),
+                    Ok(None) | Err(_) => break,
+                }
+            }
+            let here = capacity(&self.spare[buffers]).min(credit - room);
+            if here == 0 {
+                // A buffer that holds no packet with payload goes back unused.
+                if let Some(chain) = self.spare.remove(buffers) {
+                    self.counters.bad_packets += 1;
+                    rx.push_used(chain, 0);
+                }
+                continue;
+            }
+            // `here` fits the buffer.
+            let Ok(slices) = self.spare[buffers].writable_slices(HEADER_LEN, here, &mut self.slices) else {
+                break;
+            };
+            let placed = self.pieces.extend_up_to_limit(slices.as_iovecs());
+            room += placed;
+            buffers += 1;
+            if placed < here {
+                break;
+            }
+        }
+        room
     }
 
     /// Sends a record of the host, as far as credit and buffers go.
     fn send_record(&mut self, token: Token, rx: &mut Ring, now: u64) -> Turn {
-        loop {
+        for _ in 0..RX_BATCH {
             let Some((pair, channel)) = self.table.get_mut(token) else { return Turn::Used };
-            if channel.record.is_none() {
-                let Some(socket) = channel.socket.as_ref().filter(|_| channel.readable) else {
-                    return Turn::Used;
-                };
-                let record = socket.next_record_len().and_then(|len| {
-                    let mut bytes = vec![0; len.min(MAX_RECORD)];
-                    let received = socket.receive_record(&mut bytes)?;
-                    bytes.truncate(received);
-                    Ok((len, bytes))
-                });
-                match record {
-                    // On these sockets an empty record looks like the end; a hang-up tells them apart.
-                    Ok((0, _)) if channel.hung_up => return self.host_ended(token, now),
-                    Ok((len, _)) if len > MAX_RECORD => {
-                        self.counters.discarded_bytes += len as u64;
-                        continue;
-                    }
-                    Ok((_, bytes)) => channel.record = Some(Record { bytes, sent: 0 }),
-                    Err(Errno::INTR) => continue,
-                    Err(Errno::AGAIN) => {
-                        channel.readable = false;
-                        return Turn::Used;
-                    }
-                    Err(_) => return self.host_ended(token, now),
-                }
+            if channel.record.is_none() && !self.take_record(token, now) {
+                return Turn::Used;
             }
-            let Some(chain) = self.buffer(rx) else { return Turn::NoBuffer };
+            let Some(mut chain) = self.buffer(rx) else { return Turn::NoBuffer };
             let Some((_, channel)) = self.table.get_mut(token) else { return Turn::Used };
             let credit = channel.connection.may_send() as usize;
-            let Some(record) = &mut channel.record else { return Turn::Used };
-            let rest = &record.bytes[record.sent..];
-            let here = rest.len().min(credit).min(chain.writable_len().saturating_sub(HEADER_LEN));
+            let Some(record) = &mut channel.record else {
+                self.spare.push_front(chain);
+                return Turn::Used;
+            };
+            let rest = record.bytes.get(record.sent..).unwrap_or_default();
+            let here = rest.len().min(credit).min(capacity(&chain));
             if here == 0 && !rest.is_empty() {
                 // No credit: the record goes on with the DPU's next update.
                 self.spare.push_front(chain);
                 return Turn::Used;
             }
             let last = here == rest.len();
-            let mut chain = chain;
             // `here` fits the buffer.
             let _ = chain.copy_in(HEADER_LEN, &rest[..here]);
             record.sent += here;
             let (buf_alloc, fwd_cnt) = channel.connection.sent(here as u32);
-            let control = Control { op: Op::Rw, flags: if last { SEQ_EOM } else { 0 }, buf_alloc, fwd_cnt };
-            let header = Header { len: here as u32, ..header(self.cid, pair, control) };
-            fill(rx, chain, &header, here);
+            let flags = if last && pair.kind == Kind::SeqPacket { SEQ_EOM } else { 0 };
+            let control = Control { op: Op::Rw, flags, buf_alloc, fwd_cnt };
+            fill(rx, chain, &header(self.cid, pair, control, here), here);
             self.counters.packets_to_dpu += 1;
             self.counters.bytes_to_dpu += here as u64;
             if last {
                 channel.record = None;
-                self.reconcile(token, crate::conn::machine::Effects::default(), now);
-                return Turn::Used;
             }
         }
+        self.reconcile(token, Effects::default(), now);
+        Turn::Used
+    }
+
+    /// Takes the next record out of the host socket; whether there was one.
+    fn take_record(&mut self, token: Token, now: u64) -> bool {
+        let Some((pair, channel)) = self.table.get_mut(token) else { return false };
+        let Some(socket) = channel.socket.as_ref().filter(|_| channel.readable) else { return false };
+        let limit = channel.connection.peer_buffer() as usize;
+        let len = match socket.next_record() {
+            Ok(NextRecord::Record(len)) => len,
+            Err(Errno::INTR) => {
+                self.turns.push(token);
+                return false;
+            }
+            Err(Errno::AGAIN) => {
+                channel.readable = false;
+                return false;
+            }
+            Ok(NextRecord::End) | Err(_) => {
+                self.host_ended(token, now);
+                return false;
+            }
+        };
+        if pair.kind == Kind::SeqPacket && len > limit {
+            tracing::warn!(
+                port = pair.dpu_port,
+                "a host program sent a record of {len} bytes, the DPU's socket holds {limit}: connection reset"
+            );
+            self.counters.oversized_records += 1;
+            self.input(token, Input::Abort, now);
+            return false;
+        }
+        let mut bytes = vec![0; len];
+        if let Err(errno) = socket.receive_record(&mut bytes) {
+            tracing::debug!(%errno, "a record that was there is gone");
+            self.host_ended(token, now);
+            return false;
+        }
+        // A stream has no empty packets.
+        if len > 0 || pair.kind == Kind::SeqPacket {
+            channel.record = Some(Record { bytes, sent: 0 });
+        } else {
+            self.turns.push(token);
+        }
+        channel.record.is_some()
     }
 
     /// The host socket gave end of file.
@@ -235,7 +271,8 @@ impl Mux {
 
     /// A buffer of the DPU that holds at least a header.
     fn buffer(&mut self, rx: &mut Ring) -> Option<Chain> {
-        loop {
+        // Bounded, because a DPU may feed useless buffers for ever.
+        for _ in 0..RX_BATCH {
             let chain = match self.spare.pop_front() {
                 Some(chain) => chain,
                 None => rx.pop().ok()??,
@@ -246,20 +283,22 @@ impl Mux {
             self.counters.bad_packets += 1;
             rx.push_used(chain, 0);
         }
-    }
-
-    fn control_header(&self, pair: Pair, control: Control) -> Header {
-        header(self.cid, pair, control)
+        None
     }
 }
 
-fn header(cid: u64, pair: Pair, control: Control) -> Header {
+/// Payload that a buffer holds. Drivers take no packet that is longer, whatever room they give.
+fn capacity(chain: &Chain) -> usize {
+    chain.writable_len().saturating_sub(HEADER_LEN).min(MAX_PAYLOAD as usize)
+}
+
+fn header(cid: u64, pair: Pair, control: Control, len: usize) -> Header {
     Header {
-        src_cid: HOST_CID,
+        src_cid: pair.peer_cid,
         dst_cid: cid,
         src_port: pair.host_port,
         dst_port: pair.dpu_port,
-        len: 0,
+        len: len as u32,
         kind: pair.kind,
         op: control.op,
         flags: control.flags,

@@ -20,30 +20,43 @@
 //! - **Fairness.** A connection with data gets one batch per turn ([`rxq`]); packets of the DPU are
 //!   served in the order of its ring, and a host that does not read costs its own connection's
 //!   window, nobody else's.
-//! - **Budgets** ([`Quotas`]): connections, greetings under way, resets for unknown pairs, extra
-//!   window. What is over a budget is refused (RST, close) and counted.
+//! - **Budgets** ([`Quotas`]): connections, greetings under way, resets for unknown pairs, promised
+//!   windows. What is over a budget is refused (RST, close) and counted.
+//! - **No event spin.** The only level-triggered descriptors are listeners. One that cannot be served
+//!   (no descriptors left) is switched off for [`ACCEPT_PAUSE`].
 //!
 //! An RST that answers a packet of no connection waits in a bounded queue of its own; beyond the
 //! bound it is dropped, and the DPU's own timeout has to do.
+//!
+//! # When the DPU goes
+//! [`Mux::reset`]: its driver started anew and knows nothing of the connections; they are dropped.
+//! [`Mux::lose_dpu`]: only the front end went. The DPU's kernel may come back with another front end
+//! and believe that its sockets are connected; for each of them an RST is kept ready.
 
 pub mod channel;
 pub mod deadline;
 mod deliver;
 mod events;
+pub mod quotas;
 pub mod rxq;
 pub mod table;
 mod take;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::epoll;
 use vring::chain::{Chain, SliceBuf};
+use vring::ring::Ring;
 
 use self::channel::{Channel, Peer};
 use self::deadline::Deadlines;
+use self::quotas::Windows;
+pub use self::quotas::{Counters, Quotas};
 use self::rxq::RxQueue;
 use self::table::{Pair, Table, Token};
 use crate::conn::Timeouts;
@@ -51,7 +64,7 @@ use crate::conn::machine::{Connection, Effects, Input, State};
 use crate::host::hello;
 use crate::host::socket::{Attempt, HostSocket};
 use crate::host::sys::{self, Pieces};
-use crate::packet::{HOST_CID, Header, Kind};
+use crate::packet::{Header, Kind, Op};
 use crate::route::{Route, Routes};
 
 /// Buffers of the DPU that one read of a host socket fills at most. The stock driver offers 4 KiB
@@ -61,60 +74,11 @@ pub const RX_BATCH: usize = 64;
 /// How soon a connect that met a full backlog is tried again. Milliseconds.
 const RETRY_AFTER: u64 = 5;
 
+/// How long a listener rests when no descriptor is left for those who call. Milliseconds.
+pub const ACCEPT_PAUSE: u64 = 100;
+
 /// Bytes after which a connection counts as bulk and gets a larger window.
 const BULK: u64 = 1 << 20;
-
-/// What one DPU may take.
-#[derive(Clone, Copy, Debug)]
-pub struct Quotas {
-    /// Connections.
-    pub connections: usize,
-    /// Host programs whose greeting is not complete.
-    pub greetings: usize,
-    /// Resets that wait for buffers of the DPU.
-    pub resets: usize,
-    /// Window of a connection, bytes.
-    pub window: u32,
-    /// Window of a connection that moves bulk data, bytes.
-    pub bulk_window: u32,
-    /// Bytes of window beyond `window`, all connections together.
-    pub extra_window: u64,
-}
-
-impl Default for Quotas {
-    fn default() -> Self {
-        Self {
-            connections: 4096,
-            greetings: 256,
-            resets: 1024,
-            window: 256 << 10,
-            bulk_window: 1 << 20,
-            extra_window: 64 << 20,
-        }
-    }
-}
-
-/// What happened, for those who ask.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs, reason = "counters named for what they count")]
-pub struct Counters {
-    pub connections_by_dpu: u64,
-    pub connections_by_host: u64,
-    pub refused_by_rule: u64,
-    pub refused_by_host: u64,
-    pub refused_by_quota: u64,
-    pub bad_packets: u64,
-    pub bad_credit: u64,
-    pub resets_sent: u64,
-    pub resets_dropped: u64,
-    pub controls_sent: u64,
-    pub packets_to_dpu: u64,
-    pub packets_from_dpu: u64,
-    pub bytes_to_dpu: u64,
-    pub bytes_from_dpu: u64,
-    pub discarded_bytes: u64,
-    pub bad_greetings: u64,
-}
 
 /// A host socket where host programs ask for a port of the DPU.
 #[derive(Debug)]
@@ -123,6 +87,8 @@ struct Listener {
     /// Leads to this port without a greeting.
     port: Option<u32>,
     kind: Kind,
+    /// Rests until then.
+    paused: Option<u64>,
 }
 
 /// A host program that has not finished its greeting.
@@ -145,16 +111,19 @@ struct Batch {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Watched {
     Channel(Token),
-    Caller(u32, u32),
+    Caller(Token),
     Listener(u32),
+    /// Something of whoever owns the mux.
+    Foreign(u32),
 }
 
 impl Watched {
     fn encode(self) -> u64 {
         let (tag, slot, generation) = match self {
             Watched::Channel(token) => (0, token.slot, token.generation),
-            Watched::Caller(slot, generation) => (1, slot, generation),
+            Watched::Caller(token) => (1, token.slot, token.generation),
             Watched::Listener(slot) => (2, slot, 0),
+            Watched::Foreign(number) => (3, number, 0),
         };
         tag << 62 | u64::from(slot & SLOT_MASK) << 32 | u64::from(generation)
     }
@@ -163,8 +132,9 @@ impl Watched {
         let (slot, generation) = ((word >> 32) as u32 & SLOT_MASK, word as u32);
         match word >> 62 {
             0 => Watched::Channel(Token { slot, generation }),
-            1 => Watched::Caller(slot, generation),
-            _ => Watched::Listener(slot),
+            1 => Watched::Caller(Token { slot, generation }),
+            2 => Watched::Listener(slot),
+            _ => Watched::Foreign(slot),
         }
     }
 }
@@ -173,12 +143,12 @@ impl Watched {
 const SLOT_MASK: u32 = (1 << 30) - 1;
 
 /// The connections of one DPU.
-#[derive(Debug)]
 pub struct Mux {
     cid: u64,
     routes: Routes,
     quotas: Quotas,
     timeouts: Timeouts,
+    windows: Windows,
     table: Table<Channel>,
     callers: Table<Caller>,
     caller_deadlines: Deadlines,
@@ -189,14 +159,14 @@ pub struct Mux {
     retries: Deadlines,
     resets: VecDeque<Header>,
     epoll: OwnedFd,
+    events: Vec<epoll::Event>,
     batch: Batch,
-    /// Chains of the tx queue that are done.
+    /// Chains of the tx queue that are done, in the order in which they came.
     done: Vec<Chain>,
     /// Buffers of the DPU that were taken and not used yet, in ring order.
     spare: VecDeque<Chain>,
     slices: SliceBuf,
     pieces: Pieces,
-    extra_window: u64,
     counters: Counters,
 }
 
@@ -211,6 +181,7 @@ impl Mux {
             routes,
             quotas,
             timeouts,
+            windows: Windows::new(quotas.windows),
             table: Table::new(quotas.connections),
             callers: Table::new(quotas.greetings),
             caller_deadlines: Deadlines::default(),
@@ -221,19 +192,14 @@ impl Mux {
             retries: Deadlines::default(),
             resets: VecDeque::new(),
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            events: Vec::with_capacity(events::EVENTS),
             batch: Batch::default(),
             done: Vec::new(),
             spare: VecDeque::new(),
             slices: SliceBuf::default(),
             pieces: Pieces::default(),
-            extra_window: 0,
             counters: Counters::default(),
         })
-    }
-
-    /// Becomes readable when [`Mux::host_events`] has something to do.
-    pub fn events_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.as_fd()
     }
 
     /// Listens for host programs on `fd`: with a greeting, or for the fixed `port`.
@@ -244,7 +210,7 @@ impl Mux {
         let slot = u32::try_from(self.listeners.len()).map_err(|_| io::Error::other("too many listeners"))?;
         let data = epoll::EventData::new_u64(Watched::Listener(slot).encode());
         epoll::add(&self.epoll, &fd, data, epoll::EventFlags::IN)?;
-        self.listeners.push(Listener { fd, port, kind });
+        self.listeners.push(Listener { fd, port, kind, paused: None });
         Ok(())
     }
 
@@ -258,44 +224,85 @@ impl Mux {
         self.table.len()
     }
 
+    /// Bytes of the DPU that wait for host sockets, all connections together.
+    pub fn buffered(&mut self) -> usize {
+        let tokens: Vec<Token> = self.table.tokens().collect();
+        tokens.into_iter().filter_map(|token| Some(self.table.get_mut(token)?.1.waiting.len())).sum()
+    }
+
     /// Whether the DPU should be given something, if it has buffers.
     pub fn has_something_for_dpu(&self) -> bool {
         !self.resets.is_empty() || !self.turns.is_empty()
     }
 
+    /// Whether buffers of the DPU are kept here.
+    pub fn has_spare(&self) -> bool {
+        !self.spare.is_empty()
+    }
+
     /// When [`Mux::sweep`] has something to do, in the clock of `now`.
     pub fn next_deadline(&self) -> Option<u64> {
-        [self.deadlines.next(), self.retries.next(), self.caller_deadlines.next()].into_iter().flatten().min()
+        let paused = self.listeners.iter().filter_map(|listener| listener.paused).min();
+        [self.deadlines.next(), self.retries.next(), self.caller_deadlines.next(), paused]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// The DPU's driver was reset: every connection ends, host programs see a hang-up, and nothing of
     /// the old DPU is ever sent to the new one. Listeners stay.
     pub fn reset(&mut self) {
         let tokens: Vec<Token> = self.table.tokens().collect();
+        self.counters.lost_connections += tokens.len() as u64;
         for token in tokens {
             self.forget(token);
         }
         self.turns = RxQueue::default();
         self.resets.clear();
-        self.spare.clear();
         self.batch = Batch::default();
         self.done.clear();
     }
 
-    /// Takes the buffers back that were taken from the rx ring and not used, last one first.
-    pub fn take_spare(&mut self) -> Option<Chain> {
-        self.spare.pop_back()
+    /// The front end is gone and the DPU with it, or perhaps not: every connection ends, host
+    /// programs see a hang-up, and if the DPU comes back it is told by RST. Returns whether there is
+    /// anything to tell.
+    pub fn lose_dpu(&mut self) -> bool {
+        let tokens: Vec<Token> = self.table.tokens().collect();
+        let pairs: Vec<Pair> = tokens.iter().filter_map(|token| self.table.pair_of(*token)).collect();
+        self.reset();
+        for pair in &pairs {
+            let control = conn_rst(self.cid, *pair);
+            self.push_reset(control);
+        }
+        !pairs.is_empty()
     }
 
-    /// Chains of the tx queue whose packets have been served.
-    pub fn take_done(&mut self) -> Option<Chain> {
-        self.done.pop()
+    /// Gives unused buffers of the DPU back to their ring, as if they had never been taken.
+    pub fn give_back(&mut self, rx: &mut Ring) {
+        while let Some(chain) = self.spare.pop_back() {
+            if let Err(chain) = rx.give_back(chain) {
+                // The DPU gets the buffer back empty, and offers it again.
+                rx.push_used(chain, 0);
+            }
+        }
+    }
+
+    /// Returns the chains of packets that have been served.
+    pub fn return_chains(&mut self, tx: &mut Ring) {
+        for chain in self.done.drain(..) {
+            tx.push_used(chain, 0);
+        }
     }
 
     fn queue_reset(&mut self, packet: &Header) {
-        let Some(rst) = packet.refusal() else { return };
+        if let Some(rst) = packet.refusal() {
+            self.push_reset(rst);
+        }
+    }
+
+    fn push_reset(&mut self, rst: Header) {
         if self.resets.len() < self.quotas.resets {
-            self.resets.push_back(Header { src_cid: HOST_CID, dst_cid: self.cid, ..rst });
+            self.resets.push_back(rst);
         } else {
             self.counters.resets_dropped += 1;
         }
@@ -340,17 +347,20 @@ impl Mux {
         }
         let (deadline, state) = (channel.connection.deadline(), channel.connection.state());
         let (over, turn) = (channel.connection.is_over(), channel.has_something_for_dpu());
+        let moved = channel.armed != deadline;
+        channel.armed = deadline;
         if over {
             self.forget(token);
             return;
         }
-        if state == State::Draining {
-            // The DPU may use the pair again while the last bytes still go to the host.
-            self.table.release_pair(token);
+        if moved {
+            self.deadlines.set(token, deadline);
         }
-        self.deadlines.set(token, deadline);
         if turn {
             self.turns.push(token);
+        } else if state == State::Draining {
+            // The DPU may use the pair again while the last bytes still go to the host.
+            self.table.release_pair(token);
         }
         if broken {
             self.input(token, Input::HostGone, now);
@@ -360,8 +370,7 @@ impl Mux {
     /// Drops a connection without a word.
     fn forget(&mut self, token: Token) {
         if let Some((_, channel)) = self.table.remove(token) {
-            let extra = channel.connection.window().saturating_sub(self.quotas.window);
-            self.extra_window = self.extra_window.saturating_sub(u64::from(extra));
+            self.windows.release(channel.connection.window());
         }
         self.deadlines.set(token, None);
         self.retries.set(token, None);
@@ -369,16 +378,21 @@ impl Mux {
 
     /// Serves every deadline that has passed.
     pub fn sweep(&mut self, now: u64) {
+        self.flush(now);
         while let Some(token) = self.retries.pop(now) {
             self.connect(token, now);
         }
         while let Some(token) = self.deadlines.pop(now) {
+            if let Some((_, channel)) = self.table.get_mut(token) {
+                channel.armed = None;
+            }
             self.input(token, Input::DeadlinePassed, now);
         }
         while let Some(token) = self.caller_deadlines.pop(now) {
             self.counters.bad_greetings += 1;
             self.callers.remove(token);
         }
+        self.resume_listeners(now);
     }
 
     /// The DPU asks for a connection.
@@ -391,22 +405,39 @@ impl Mux {
                 return;
             }
         };
-        let mut channel =
-            Channel::new(Connection::from_dpu(pair.kind, self.quotas.window, self.timeouts, now));
-        // The first packet's numbers hold whatever they are: nothing is in flight.
-        let _ = channel.connection.update_credit(packet.buf_alloc, packet.fwd_cnt);
-        channel.path = Some(path);
-        match self.table.insert(pair, channel) {
-            Ok(token) => {
+        match self.admit(pair, |kind, window, timeouts| Connection::from_dpu(kind, window, timeouts, now)) {
+            Some(token) => {
+                if let Some((_, channel)) = self.table.get_mut(token) {
+                    // The first packet's numbers hold whatever they are: nothing is in flight.
+                    let _ = channel.connection.update_credit(packet.buf_alloc, packet.fwd_cnt);
+                    channel.path = Some(path);
+                }
                 self.counters.connections_by_dpu += 1;
-                self.deadlines.set(token, Some(now.saturating_add(self.timeouts.connect)));
+                self.reconcile(token, Effects::default(), now);
                 self.connect(token, now);
             }
-            Err(_) => {
-                self.counters.refused_by_quota += 1;
-                self.queue_reset(packet);
-            }
+            None => self.queue_reset(packet),
         }
+    }
+
+    /// Adds a connection if the quotas allow it.
+    fn admit(
+        &mut self,
+        pair: Pair,
+        connection: impl FnOnce(Kind, u32, Timeouts) -> Connection,
+    ) -> Option<Token> {
+        let token = self.windows.promise(self.quotas.window).and_then(|window| {
+            let channel = Channel::new(connection(pair.kind, window, self.timeouts));
+            let token = self.table.insert(pair, channel).ok();
+            if token.is_none() {
+                self.windows.release(window);
+            }
+            token
+        });
+        if token.is_none() {
+            self.counters.refused_by_quota += 1;
+        }
+        token
     }
 
     /// Tries to connect a channel to its host socket.
@@ -419,6 +450,13 @@ impl Mux {
                 if watch(&self.epoll, &socket, Watched::Channel(token)).is_err() {
                     self.input(token, Input::HostRefused, now);
                     return;
+                }
+                if socket.keeps_records() {
+                    // A record is as large as the window at most, and the socket takes it whole or not.
+                    let before = channel.connection.window();
+                    let most = u32::try_from(socket.max_record()).unwrap_or(u32::MAX);
+                    channel.connection.limit_window(most);
+                    self.windows.release(before - channel.connection.window());
                 }
                 channel.socket = Some(socket);
                 channel.writable = true;
@@ -434,10 +472,26 @@ impl Mux {
     }
 }
 
+/// An RST for a connection that is gone.
+fn conn_rst(cid: u64, pair: Pair) -> Header {
+    Header {
+        src_cid: pair.peer_cid,
+        dst_cid: cid,
+        src_port: pair.host_port,
+        dst_port: pair.dpu_port,
+        len: 0,
+        kind: pair.kind,
+        op: Op::Rst,
+        flags: 0,
+        buf_alloc: 0,
+        fwd_cnt: 0,
+    }
+}
+
 /// Watches a host socket edge-triggered for everything, for its whole life.
 fn watch(epoll: &OwnedFd, socket: &HostSocket, watched: Watched) -> io::Result<()> {
-    let flags =
-        epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+    use epoll::EventFlags;
+    let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::PRI | EventFlags::ET;
     epoll::add(epoll, socket, epoll::EventData::new_u64(watched.encode()), flags)?;
     Ok(())
 }

@@ -1,11 +1,11 @@
 //! Which connections have something for the DPU, in the order in which they get their turn.
 //!
-//! A connection stands in the queue at most once, so the queue never holds more entries than there
-//! are connections. One turn moves at most one batch of the connection's bytes; what is left goes to
+//! A connection stands in the queue at most once; one that has ended leaves its entry behind until its
+//! turn comes. One turn moves at most one batch of the connection's bytes; what is left goes to
 //! the end of the queue: a busy channel delays the others by one batch, never more.
 #![forbid(unsafe_code)]
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 
 use super::table::Token;
 
@@ -13,27 +13,42 @@ use super::table::Token;
 #[derive(Debug, Default)]
 pub struct RxQueue {
     order: VecDeque<Token>,
-    queued: HashSet<Token>,
+    /// By slot: the generation that stands in the queue.
+    queued: Vec<Option<u32>>,
 }
 
 impl RxQueue {
     /// Puts a connection at the end, unless it stands in the queue already.
     pub fn push(&mut self, token: Token) {
-        if self.queued.insert(token) {
+        if self.enter(token) {
             self.order.push_back(token);
         }
+    }
+
+    /// Marks a connection as queued; false when it was.
+    fn enter(&mut self, token: Token) -> bool {
+        let slot = token.slot as usize;
+        if slot >= self.queued.len() {
+            self.queued.resize(slot + 1, None);
+        }
+        // A token of an earlier generation may still stand in the queue; its turn finds nobody.
+        self.queued[slot].replace(token.generation) != Some(token.generation)
     }
 
     /// Takes the connection whose turn it is.
     pub fn pop(&mut self) -> Option<Token> {
         let token = self.order.pop_front()?;
-        self.queued.remove(&token);
+        if let Some(queued) = self.queued.get_mut(token.slot as usize)
+            && *queued == Some(token.generation)
+        {
+            *queued = None;
+        }
         Some(token)
     }
 
     /// Gives a turn back that could not be used (the DPU has no buffers).
     pub fn unpop(&mut self, token: Token) {
-        if self.queued.insert(token) {
+        if self.enter(token) {
             self.order.push_front(token);
         }
     }
@@ -68,6 +83,19 @@ mod tests {
         queue.push(first);
         let order: Vec<u32> = std::iter::from_fn(|| queue.pop()).map(|token| token.slot).collect();
         assert_eq!(order, [2, 3, 1]);
+    }
+
+    #[test]
+    fn a_successor_in_the_same_slot_gets_its_own_turn() {
+        let mut queue = RxQueue::default();
+        let successor = Token { slot: 1, generation: 1 };
+        queue.push(token(1));
+        queue.push(successor);
+        queue.push(successor);
+        assert_eq!(queue.pop(), Some(token(1)));
+        queue.push(successor);
+        assert_eq!(queue.pop(), Some(successor));
+        assert_eq!(queue.pop(), None);
     }
 
     #[test]

@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 
 use crate::host::hello::MAX_ASSIGNED_PORT;
-use crate::packet::Kind;
+use crate::packet::{HOST_CID, Kind};
 
 /// Lowest port this side assigns: below are the privileged ones.
 const FIRST_ASSIGNED_PORT: u32 = 1024;
@@ -26,9 +26,11 @@ pub struct Token {
 /// What a packet of the DPU names a connection by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Pair {
+    /// Context id of the other side as the DPU sees it: the host, or a sibling DPU.
+    pub peer_cid: u64,
     /// Port on the DPU.
     pub dpu_port: u32,
-    /// Port on the host.
+    /// Port on the other side.
     pub host_port: u32,
     /// Socket type.
     pub kind: Kind,
@@ -118,10 +120,11 @@ impl<C> Table<C> {
     /// # Errors
     /// [`TableError::NoPort`].
     pub fn assign_port(&mut self, dpu_port: u32, kind: Kind) -> Result<u32, TableError> {
+        let peer_cid = HOST_CID;
         for _ in FIRST_ASSIGNED_PORT..=MAX_ASSIGNED_PORT {
             let port = self.next_port;
             self.next_port = if port == MAX_ASSIGNED_PORT { FIRST_ASSIGNED_PORT } else { port + 1 };
-            if !self.by_pair.contains_key(&Pair { dpu_port, host_port: port, kind }) {
+            if !self.by_pair.contains_key(&Pair { peer_cid, dpu_port, host_port: port, kind }) {
                 return Ok(port);
             }
         }
@@ -167,6 +170,13 @@ impl<C> Table<C> {
         }
     }
 
+    /// The pair of a connection, if the DPU still knows it by that.
+    pub fn pair_of(&self, token: Token) -> Option<Pair> {
+        let place = self.slots.get(token.slot as usize)?;
+        let (pair, _) = place.entry.as_ref().filter(|_| place.generation == token.generation)?;
+        (self.by_pair.get(pair) == Some(&token)).then_some(*pair)
+    }
+
     /// All live tokens.
     pub fn tokens(&self) -> impl Iterator<Item = Token> {
         self.slots
@@ -182,7 +192,7 @@ mod tests {
     use super::*;
 
     fn pair(dpu_port: u32) -> Pair {
-        Pair { dpu_port, host_port: 22, kind: Kind::Stream }
+        Pair { peer_cid: HOST_CID, dpu_port, host_port: 22, kind: Kind::Stream }
     }
 
     #[test]
@@ -223,7 +233,8 @@ mod tests {
     fn assigned_ports_wrap_and_skip_what_is_in_use() {
         let mut table = Table::new(10);
         let first = table.assign_port(5, Kind::Stream).expect("a port");
-        table.insert(Pair { dpu_port: 5, host_port: first, kind: Kind::Stream }, ()).expect("room");
+        let pair = Pair { peer_cid: HOST_CID, dpu_port: 5, host_port: first, kind: Kind::Stream };
+        table.insert(pair, ()).expect("room");
         let mut seen = 0u32;
         loop {
             let port = table.assign_port(5, Kind::Stream).expect("a port");

@@ -3,7 +3,7 @@
 use super::*;
 
 const WINDOW: u32 = 1000;
-const TIMEOUTS: Timeouts = Timeouts { connect: 100, linger: 500 };
+const TIMEOUTS: Timeouts = Timeouts { connect: 100, linger: 500, drain: 9000, greeting: 0 };
 
 fn open_from_dpu() -> Connection {
     let mut connection = Connection::from_dpu(Kind::Stream, WINDOW, TIMEOUTS, 0);
@@ -205,4 +205,58 @@ fn a_credit_request_is_answered_once() {
     connection.on(Input::DpuCreditRequest, 2);
     connection.on(Input::DpuCreditRequest, 2);
     assert_eq!(drain_controls(&mut connection), [(Op::CreditUpdate, 0)]);
+}
+
+#[test]
+fn a_dpu_that_closed_need_not_wait_for_a_slow_host() {
+    let mut connection = open_from_dpu();
+    connection.on(Input::DpuData(10), 2);
+    connection.on(Input::DpuShutdown(SHUTDOWN_BOTH), 3);
+    let effects = connection.on(Input::DeadlinePassed, 503);
+    assert!(!effects.discard && !effects.close_host, "the bytes stay");
+    assert_eq!(drain_controls(&mut connection), [rst()]);
+    assert_eq!((connection.state(), connection.deadline()), (State::Draining, Some(9503)));
+    connection.on(Input::HostTook(4), 9000);
+    assert_eq!(connection.deadline(), Some(18000), "a host that reads on gets more time");
+    assert!(connection.on(Input::HostTook(6), 9001).close_host);
+    assert!(connection.is_over());
+}
+
+#[test]
+fn an_rst_that_is_due_outlives_the_last_bytes() {
+    let mut connection = open_from_dpu();
+    connection.on(Input::DpuData(10), 2);
+    connection.on(Input::DpuShutdown(SHUTDOWN_BOTH), 3);
+    connection.on(Input::DeadlinePassed, 503);
+    connection.on(Input::HostTook(10), 504);
+    assert!(!connection.is_over());
+    assert_eq!(drain_controls(&mut connection), [rst()]);
+    assert!(connection.is_over());
+}
+
+#[test]
+fn an_rst_of_the_dpu_makes_ours_unnecessary() {
+    let mut connection = open_from_dpu();
+    connection.on(Input::DpuRequest, 2);
+    assert!(!connection.is_over());
+    connection.on(Input::DpuRst, 3);
+    assert_eq!(drain_controls(&mut connection), []);
+    assert!(connection.is_over());
+}
+
+#[test]
+fn an_empty_record_is_delivered_before_the_end() {
+    let mut connection = open_from_dpu();
+    assert!(connection.on(Input::DpuData(0), 2).keep_data);
+    connection.on(Input::DpuRecord, 2);
+    assert!(connection.wants_host_writable());
+    assert!(!connection.on(Input::DpuShutdown(SHUTDOWN_SEND), 3).shut_host_write);
+    assert!(connection.on(Input::HostTookRecord(0), 4).shut_host_write);
+}
+
+#[test]
+fn an_abort_resets_the_dpu_and_closes_the_host() {
+    let mut connection = open_from_dpu();
+    assert!(connection.on(Input::Abort, 2).close_host);
+    assert_eq!(drain_controls(&mut connection), [rst()]);
 }
