@@ -160,14 +160,14 @@ impl ReceiveWindow {
 
 #[cfg(test)]
 impl SendCredit {
-    pub fn start_at(&mut self, count: u32) {
+    pub(super) fn start_at(&mut self, count: u32) {
         (self.sent, self.peer_fwd_cnt) = (count, count);
     }
 }
 
 #[cfg(test)]
 impl ReceiveWindow {
-    pub fn start_at(&mut self, count: u32) {
+    pub(super) fn start_at(&mut self, count: u32) {
         (self.received, self.forwarded, self.told_forwarded) = (count, count, count);
     }
 }

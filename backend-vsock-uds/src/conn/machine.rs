@@ -290,9 +290,9 @@ impl Connection {
             State::HostConnecting => self.host_connecting(input, now),
             State::DpuConnecting => self.dpu_connecting(input, now),
             State::Open => self.open(input, now),
-            State::DpuClosing => self.dpu_closing(input, now),
+            State::DpuClosing => self.dpu_closing(input),
             State::HostClosing => self.host_closing(input),
-            State::Draining => self.draining(input, now),
+            State::Draining => self.draining(input),
             State::Ended => {
                 // The DPU has forgotten the pair already.
                 self.pending_rst &= input != Input::DpuRst;
@@ -390,7 +390,7 @@ impl Connection {
                 self.pending_credit = true;
                 Effects::default()
             }
-            Input::DpuRst => self.drain(now),
+            Input::DpuRst => self.drain(),
             Input::DpuRequest | Input::DpuResponse | Input::Abort => self.end(true),
             Input::HostConnected | Input::HostRefused | Input::DeadlinePassed => Effects::default(),
         }
@@ -417,17 +417,17 @@ impl Connection {
         effects
     }
 
-    fn dpu_closing(&mut self, input: Input, now: u64) -> Effects {
+    fn dpu_closing(&mut self, input: Input) -> Effects {
         match input {
             Input::HostTook(_) | Input::HostTookRecord(_) => {
                 self.took(input);
                 if self.flushed() { self.end(true) } else { Effects::default() }
             }
-            Input::DpuRst => self.drain(now),
+            Input::DpuRst => self.drain(),
             // The host reads slowly, or not at all: the DPU need not wait any longer.
             Input::DeadlinePassed => {
                 self.pending_rst = true;
-                self.drain(now)
+                self.drain()
             }
             Input::HostGone | Input::Abort | Input::DpuRequest | Input::DpuResponse | Input::DpuData(_) => {
                 self.end(true)
@@ -463,14 +463,13 @@ impl Connection {
         }
     }
 
-    fn draining(&mut self, input: Input, now: u64) -> Effects {
+    fn draining(&mut self, input: Input) -> Effects {
         match input {
             Input::HostTook(_) | Input::HostTookRecord(_) => {
                 self.took(input);
-                self.deadline = Some(now.saturating_add(self.timeouts.drain));
                 if self.flushed() { self.end(self.pending_rst) } else { Effects::default() }
             }
-            Input::HostGone | Input::Abort | Input::DeadlinePassed => self.end(self.pending_rst),
+            Input::HostGone | Input::Abort => self.end(self.pending_rst),
             Input::DpuRst => {
                 self.pending_rst = false;
                 Effects::default()
@@ -483,7 +482,8 @@ impl Connection {
             | Input::DpuCreditRequest
             | Input::HostConnected
             | Input::HostRefused
-            | Input::HostEof => Effects::default(),
+            | Input::HostEof
+            | Input::DeadlinePassed => Effects::default(),
         }
     }
 
@@ -515,12 +515,12 @@ impl Connection {
     }
 
     /// The DPU is gone; its last bytes still go to the host.
-    fn drain(&mut self, now: u64) -> Effects {
+    fn drain(&mut self) -> Effects {
         if self.flushed() || !self.host_receives {
             return self.end(self.pending_rst);
         }
         self.state = State::Draining;
-        self.deadline = Some(now.saturating_add(self.timeouts.drain));
+        self.deadline = None;
         Effects { shut_host_read: true, ..Effects::default() }
     }
 

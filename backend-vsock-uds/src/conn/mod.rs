@@ -27,12 +27,13 @@
 //!
 //! - **Last bytes always arrive.** Bytes taken from the DPU are written to the host even when the DPU
 //!   closes or resets right after sending them (`DpuClosing`, `Draining`), for as long as the host
-//!   program lives and takes some of them now and then. Bytes of the host go to the DPU before its
+//!   program lives. Bytes of the host go to the DPU before its
 //!   SHUTDOWN does.
 //! - **An RST is never answered**, and after it nothing is sent on the pair.
 //! - **Deadlines**: [`Timeouts::connect`] for either kind of connecting, [`Timeouts::linger`] for
-//!   peers that owe an RST, [`Timeouts::drain`] for a host program that reads nothing more of a DPU
-//!   that is gone. `Open` has none: an idle connection is legal for ever.
+//!   peers that owe an RST. `Open` has none: an idle connection is legal for ever. `Draining` has none
+//!   either: what a DPU wrote and closed counts as sent there, so a host program may take its time, as
+//!   with any Unix socket. The mux ends such connections when it needs their place.
 //!
 //! [`machine::Connection`] holds the state and the counters of [`credit`]; it is told what happened
 //! ([`machine::Input`]), says what to do to the host socket ([`machine::Effects`]), and is asked what
@@ -52,15 +53,12 @@ pub struct Timeouts {
     pub connect: u64,
     /// For the peer to finish a close. Linux gives up on its side after 8 s (`VSOCK_CLOSE_TIMEOUT`).
     pub linger: u64,
-    /// For the host program to take more of what a DPU socket left behind that is closed. What the DPU
-    /// wrote and closed counts as sent there, so this is long.
-    pub drain: u64,
     /// For a host program to say which port it wants. Somebody may be typing it.
     pub greeting: u64,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { connect: 2_000, linger: 8_000, drain: 300_000, greeting: 10_000 }
+        Self { connect: 2_000, linger: 8_000, greeting: 10_000 }
     }
 }

@@ -62,6 +62,8 @@ pub struct Channel {
     pub greets: bool,
     /// Bytes the host took; decides whether the window is worth enlarging.
     pub taken: u64,
+    /// Stands in the list of those that are kept only for their last bytes.
+    pub draining: bool,
     /// Deadline that was set for the connection.
     pub armed: Option<u64>,
 }
@@ -84,6 +86,7 @@ impl Channel {
             peer: None,
             greets: false,
             taken: 0,
+            draining: false,
             armed: None,
         }
     }

@@ -135,6 +135,12 @@ impl Mux {
         }
     }
 
+    /// As if accepting had failed for want of descriptors.
+    #[cfg(test)]
+    pub(super) fn pause_listener_for_test(&mut self, slot: u32, now: u64) {
+        self.pause_listener(slot, Errno::MFILE, now);
+    }
+
     pub(super) fn resume_listeners(&mut self, now: u64) {
         for slot in 0..self.listeners.len() {
             if self.listeners[slot].paused.is_some_and(|until| until <= now) {
@@ -229,11 +235,7 @@ impl Mux {
             return;
         };
         let pair = Pair { peer_cid: HOST_CID, dpu_port: port, host_port, kind };
-        let Some(token) =
-            self.admit(pair, |kind, window, timeouts| Connection::from_host(kind, window, timeouts, now))
-        else {
-            return;
-        };
+        let Some(token) = self.admit(pair, now, Connection::from_host) else { return };
         if greets {
             // Registered anew, so that what was reported to the greeting is reported again.
             let _ = epoll::delete(&self.epoll, &caller.socket);

@@ -157,6 +157,8 @@ pub struct Mux {
     turns: RxQueue,
     deadlines: Deadlines,
     retries: Deadlines,
+    /// Connections that the DPU has forgotten, oldest first; some may be over.
+    draining: VecDeque<Token>,
     resets: VecDeque<Header>,
     epoll: OwnedFd,
     events: Vec<epoll::Event>,
@@ -190,6 +192,7 @@ impl Mux {
             turns: RxQueue::default(),
             deadlines: Deadlines::default(),
             retries: Deadlines::default(),
+            draining: VecDeque::new(),
             resets: VecDeque::new(),
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             events: Vec::with_capacity(events::EVENTS),
@@ -323,7 +326,7 @@ impl Mux {
             self.counters.discarded_bytes += channel.waiting.len() as u64;
             channel.waiting.clear();
         }
-        let mut broken = false;
+        let (mut broken, mut draining) = (false, false);
         if let Some(socket) = &channel.socket {
             if effects.greet_host && channel.greets {
                 let answer = hello::answer(pair.host_port);
@@ -347,11 +350,23 @@ impl Mux {
         }
         let (deadline, state) = (channel.connection.deadline(), channel.connection.state());
         let (over, turn) = (channel.connection.is_over(), channel.has_something_for_dpu());
+        if state == State::Draining && !channel.draining {
+            channel.draining = true;
+            draining = true;
+        }
         let moved = channel.armed != deadline;
         channel.armed = deadline;
         if over {
             self.forget(token);
             return;
+        }
+        if draining {
+            // Those that are over leave the list here at the latest.
+            if self.draining.len() > 2 * self.table.len() {
+                let table = &mut self.table;
+                self.draining.retain(|token| table.get_mut(*token).is_some());
+            }
+            self.draining.push_back(token);
         }
         if moved {
             self.deadlines.set(token, deadline);
@@ -374,6 +389,9 @@ impl Mux {
         }
         self.deadlines.set(token, None);
         self.retries.set(token, None);
+        if self.draining.front() == Some(&token) {
+            self.draining.pop_front();
+        }
     }
 
     /// Serves every deadline that has passed.
@@ -405,7 +423,7 @@ impl Mux {
                 return;
             }
         };
-        match self.admit(pair, |kind, window, timeouts| Connection::from_dpu(kind, window, timeouts, now)) {
+        match self.admit(pair, now, Connection::from_dpu) {
             Some(token) => {
                 if let Some((_, channel)) = self.table.get_mut(token) {
                     // The first packet's numbers hold whatever they are: nothing is in flight.
@@ -424,20 +442,38 @@ impl Mux {
     fn admit(
         &mut self,
         pair: Pair,
-        connection: impl FnOnce(Kind, u32, Timeouts) -> Connection,
+        now: u64,
+        connection: impl Fn(Kind, u32, Timeouts, u64) -> Connection,
     ) -> Option<Token> {
-        let token = self.windows.promise(self.quotas.window).and_then(|window| {
-            let channel = Channel::new(connection(pair.kind, window, self.timeouts));
-            let token = self.table.insert(pair, channel).ok();
-            if token.is_none() {
-                self.windows.release(window);
+        loop {
+            let token = self.windows.promise(self.quotas.window).and_then(|window| {
+                let channel = Channel::new(connection(pair.kind, window, self.timeouts, now));
+                let token = self.table.insert(pair, channel).ok();
+                if token.is_none() {
+                    self.windows.release(window);
+                }
+                token
+            });
+            if token.is_some() {
+                return token;
             }
-            token
-        });
-        if token.is_none() {
-            self.counters.refused_by_quota += 1;
+            if !self.evict(now) {
+                self.counters.refused_by_quota += 1;
+                return None;
+            }
         }
-        token
+    }
+
+    /// Ends the connection that has waited longest for its host program to read the last bytes of a DPU
+    /// socket that is gone. False when there is none.
+    fn evict(&mut self, now: u64) -> bool {
+        while let Some(token) = self.draining.pop_front() {
+            if self.table.get_mut(token).is_some() {
+                self.input(token, Input::Abort, now);
+                return true;
+            }
+        }
+        false
     }
 
     /// Tries to connect a channel to its host socket.

@@ -26,7 +26,7 @@ use crate::route::Routes;
 pub const CID: u64 = 42;
 /// Port of the host that leads to the test's listener.
 pub const PORT: u32 = 1234;
-pub const TIMEOUTS: Timeouts = Timeouts { connect: 2_000, linger: 8_000, drain: 60_000, greeting: 10_000 };
+pub const TIMEOUTS: Timeouts = Timeouts { connect: 2_000, linger: 8_000, greeting: 10_000 };
 
 const RX_SIZE: u16 = 128;
 const RX_BUFFER: u64 = 4096;
@@ -194,7 +194,14 @@ impl World {
             let index = slot * TX_PIECES + number as u16;
             let last = number + 1 == pieces.len();
             self.memory.write(addr, piece).expect("in range");
-            self.tx_queue.describe(&self.memory, index, addr, piece.len() as u32, u16::from(!last), index + 1);
+            self.tx_queue.describe(
+                &self.memory,
+                index,
+                addr,
+                piece.len() as u32,
+                u16::from(!last),
+                index + 1,
+            );
             // A gap, so that pieces stay apart.
             addr += piece.len() as u64 + 16;
         }
@@ -261,11 +268,6 @@ impl World {
         for head in std::mem::take(&mut self.held) {
             self.rx_queue.offer(&self.memory, head);
         }
-    }
-
-    /// Buffers the driver has got back and kept.
-    pub fn held(&self) -> usize {
-        self.held.len()
     }
 
     /// Runs until nothing happens any more. It must come to rest.
