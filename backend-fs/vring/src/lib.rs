@@ -6,6 +6,7 @@
 //! | [`message`] | vhost-user bytes to requests and back; pure |
 //! | [`session`] | one front end: negotiation, ring and memory set-up, start and stop of queues |
 //! | [`memory`] | the DPU memory the front end shared; address translation, dirty log |
+//! | [`sigbus`] | a front end that takes shared memory away again does not kill the daemon |
 //! | [`ring`] | one split virtqueue: pop chains, push used entries, notification suppression |
 //! | [`chain`] | one descriptor chain: bounded copies in and out, slices for vectored I/O |
 //! | [`poll`] | how long a queue worker spins before it sleeps; pure |
@@ -15,3 +16,6 @@
 
 pub mod chain;
 pub mod memory;
+pub mod message;
+pub mod ring;
+pub mod sigbus;

@@ -1,0 +1,3 @@
+//! Isolation of the daemon from the host.
+
+pub mod options;

@@ -1,0 +1,1 @@
+//! A full round of file operations with checked results.
