@@ -12,5 +12,6 @@ pub mod filesystem;
 pub mod fuse;
 pub mod host;
 pub mod limits;
+pub mod listener;
 pub mod logging;
 pub mod sandbox;

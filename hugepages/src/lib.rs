@@ -10,8 +10,17 @@
 //! | [`sysfs`] | the kernel's pools and memory figures, under any root | reads, and one write per pool |
 //! | [`state`] | record and lock of what was taken | `/run/dpu-hugepages` |
 //! | [`reserve`] | take and give back, all or nothing | pools |
+//! | [`backing`] | makes memory to share | a memfd |
+//! | [`probe`] | what kind of memory a front end shared | maps it, touches nothing |
+//! | [`smaps`] | parsers of a process's mappings | none |
+//! | [`sys`] | system calls without a safe wrapper; the only `unsafe` | |
+
+pub mod backing;
 pub mod plan;
+pub mod probe;
 pub mod reserve;
 pub mod size;
+pub mod smaps;
 pub mod state;
+pub mod sys;
 pub mod sysfs;

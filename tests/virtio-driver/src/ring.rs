@@ -407,7 +407,7 @@ impl Ring {
                 return Ok(used);
             }
             looks += 1;
-            if looks % 1024 == 0 && start.elapsed() > limit {
+            if looks.is_multiple_of(1024) && start.elapsed() > limit {
                 return Err(self.timeout(limit));
             }
             // A device that takes longer than a wake-up may need this CPU; benchmarks never come here.
