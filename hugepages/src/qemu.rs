@@ -49,7 +49,8 @@ pub struct DpuMemory {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QemuError {
     /// The size does not fit the pages.
-    #[error("{} is not a whole number of hugepages of {page}: use {} or {}", Bytes(*size), compact(*below), compact(*above))]
+    #[error("{} is not a whole number of hugepages of {page}: use {}{}", Bytes(*size),
+        if below == above { String::new() } else { format!("{} or ", compact(*below)) }, compact(*above))]
     Misaligned {
         /// Bytes wanted.
         size: u64,
@@ -237,7 +238,7 @@ mod tests {
             "4.00 GiB is not a whole number of hugepages of 2M: use 4G or 4098M"
         );
         let small = DpuMemory { size: 512 << 20, page: Some(PageSize::G1), ..memory() };
-        assert!(small.qemu_args().unwrap_err().to_string().ends_with("use 1G or 1G"));
+        assert!(small.qemu_args().unwrap_err().to_string().ends_with("use 1G"));
         assert!(matches!(DpuMemory { size: 4096, ..memory() }.qemu_args(), Err(QemuError::NotMib(_))));
         assert!(matches!(DpuMemory { id: "a,b".into(), ..memory() }.qemu_args(), Err(QemuError::BadId(_))));
     }
