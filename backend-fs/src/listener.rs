@@ -71,7 +71,7 @@ pub enum Error {
     #[error("--socket-path {}: exists and is not a socket; remove it or choose another path", .0.display())]
     Occupied(PathBuf),
     /// A step of making the files.
-    #[error("{}: cannot {step}: {source}", .path.display())]
+    #[error("{}: cannot {step}", .path.display())]
     File {
         /// On what.
         path: PathBuf,

@@ -60,9 +60,15 @@ pub mod signals;
 pub mod user_namespace;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use caps::CapsHashSet;
 use rustix::io::Errno;
+use rustix::process::geteuid;
+
+use mounts::View;
+use options::SandboxOptions;
+use seccomp::Call;
 
 /// Why the process could not be isolated. Each names the step, what it was done on and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +77,7 @@ pub enum Error {
     #[error("cannot isolate a process with {0} threads: a library started one before the sandbox")]
     Threads(usize),
     /// `fork(2)` and what belongs to it.
-    #[error("cannot start the isolated process: {step}: {source}")]
+    #[error("cannot start the isolated process: {step}")]
     Start {
         /// The step.
         step: &'static str,
@@ -79,12 +85,12 @@ pub enum Error {
         source: io::Error,
     },
     /// `unshare(2)`.
-    #[error("--sandbox=namespace: cannot make new {what}: {source}; {advice}")]
+    #[error("--sandbox=namespace: cannot make new {what}: {error}; {advice}")]
     Unshare {
         /// Which namespaces.
         what: &'static str,
         /// What the kernel said.
-        source: io::Error,
+        error: io::Error,
         /// What to do.
         advice: &'static str,
     },
@@ -97,7 +103,7 @@ pub enum Error {
         reason: String,
     },
     /// Changing to the namespace's own user.
-    #[error("cannot become {what} inside the sandbox: {source}")]
+    #[error("cannot become {what} inside the sandbox")]
     Identity {
         /// The new identity.
         what: &'static str,
@@ -105,7 +111,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A step of the change of root.
-    #[error("cannot confine the daemon to {}: {step}: {source}", .export.display())]
+    #[error("cannot confine the daemon to {}: {step}", .export.display())]
     Mount {
         /// The export.
         export: PathBuf,
@@ -139,7 +145,7 @@ pub enum Error {
     )]
     Seccomp(String),
     /// Signals.
-    #[error("cannot take over signals: {0}")]
+    #[error("cannot take over signals")]
     Signals(#[source] io::Error),
     /// The supervisor went away during start-up.
     #[error("the supervising process ended during start-up")]
@@ -150,4 +156,54 @@ impl Error {
     fn start(step: &'static str) -> impl FnOnce(Errno) -> Self {
         move |errno| Error::Start { step, source: errno.into() }
     }
+}
+
+/// What the server is to be confined to, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Confinement<'a> {
+    /// The command line's wishes.
+    pub options: &'a SandboxOptions,
+    /// The export.
+    pub export: &'a Path,
+    /// No change may be made below the export.
+    pub readonly: bool,
+    /// Inodes may be kept as file handles.
+    pub file_handles: bool,
+}
+
+impl Confinement<'_> {
+    /// Stages 4 and 5, in the server.
+    ///
+    /// # Errors
+    /// [`Error::Mount`], [`Error::Capabilities`], [`Error::CapabilityMissing`].
+    pub fn enter(&self) -> Result<View, Error> {
+        let view = mounts::confine(self.options.mode, self.export, self.readonly)?;
+        let keep = capabilities::kept(&self.options.modcaps, self.file_handles);
+        // An unprivileged daemon has nothing to insist on.
+        let none = CapsHashSet::new();
+        let insist = if geteuid().is_root() { &self.options.modcaps.add } else { &none };
+        let left = capabilities::reduce(&keep, insist)?;
+        tracing::debug!("capabilities: {}", listing(&left));
+        Ok(view)
+    }
+
+    /// Stages 6 and 7, in the server, when everything that serving needs is open. `calls` are the tables
+    /// of all modules that run from now on.
+    ///
+    /// # Errors
+    /// [`Error::Landlock`], [`Error::Seccomp`].
+    pub fn seal(&self, view: &View, calls: &[&[Call]]) -> Result<(), Error> {
+        let file_handles = self.file_handles && capabilities::can_use_file_handles();
+        if landlock::applies(self.options.mode, file_handles) {
+            let enforced = landlock::restrict(view, self.export)?;
+            tracing::debug!("Landlock: {}", if enforced { "enforced" } else { "not available" });
+        }
+        seccomp::install(self.options.seccomp, calls)
+    }
+}
+
+fn listing(set: &CapsHashSet) -> String {
+    let mut names: Vec<_> = set.iter().map(ToString::to_string).collect();
+    names.sort();
+    names.join(" ")
 }

@@ -230,22 +230,22 @@ fn follow_middle(
 }
 
 fn step_error(step: Step, errno: i32, user_namespace: bool) -> Error {
-    let source = io::Error::from_raw_os_error(errno);
+    let error = io::Error::from_raw_os_error(errno);
     match step {
         Step::Unshare if user_namespace => Error::Unshare {
             what: "user, mount, pid and net namespaces",
-            source,
+            error,
             advice: "unprivileged user namespaces may be forbidden here \
                      (user.max_user_namespaces, AppArmor); use --sandbox=none or run as root",
         },
         Step::Unshare => Error::Unshare {
             what: "mount, pid and net namespaces",
-            source,
+            error,
             advice: "that takes CAP_SYS_ADMIN; inside a container use --sandbox=chroot",
         },
-        Step::Group => Error::Identity { what: "group 0", source },
-        Step::User => Error::Identity { what: "user 0", source },
-        Step::Fork => Error::Start { step: "fork", source },
+        Step::Group => Error::Identity { what: "group 0", source: error },
+        Step::User => Error::Identity { what: "user 0", source: error },
+        Step::Fork => Error::Start { step: "fork", source: error },
     }
 }
 

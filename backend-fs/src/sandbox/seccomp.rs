@@ -69,6 +69,22 @@ impl Call {
         self.why
     }
 
+    /// Arguments that the filter lets through: those without a condition are all ones, which the
+    /// kernel then refuses for a reason of its own.
+    pub fn sample_arguments(&self) -> [u64; 6] {
+        let mut arguments = [u64::MAX; 6];
+        let (index, value) = match self.only {
+            Only::Any => return arguments,
+            Only::Bits { index, mask, value } if mask == u32::MAX.into() => (index, value),
+            Only::Bits { index, mask, value } => (index, !mask | value),
+            Only::OwnProcess { index } => (index, own_pid().into()),
+        };
+        if let Some(argument) = arguments.get_mut(usize::from(index)) {
+            *argument = value;
+        }
+        arguments
+    }
+
     fn rule(&self, own_pid: u32) -> Result<Option<SeccompRule>, seccompiler::BackendError> {
         let condition = match self.only {
             Only::Any => return Ok(None),
@@ -140,15 +156,18 @@ pub fn install(mode: SeccompMode, tables: &[&[Call]]) -> Result<(), Error> {
         SeccompMode::Log => SeccompAction::Log,
         SeccompMode::Trap => SeccompAction::Trap,
     };
-    let own_pid = rustix::process::getpid().as_raw_nonzero().get().unsigned_abs();
     let failed = |error: &dyn std::fmt::Display| Error::Seccomp(error.to_string());
     // The second filter goes first: the first may not allow to install another one.
     let fallback = compile_fallback().map_err(|error| failed(&error))?;
-    let allow = compile(action, tables, own_pid).map_err(|error| failed(&error))?;
+    let allow = compile(action, tables, own_pid()).map_err(|error| failed(&error))?;
     for program in [fallback, allow] {
         seccompiler::apply_filter_all_threads(&program).map_err(|error| failed(&error))?;
     }
     Ok(())
+}
+
+fn own_pid() -> u32 {
+    rustix::process::getpid().as_raw_nonzero().get().unsigned_abs()
 }
 
 fn arch() -> Result<TargetArch, seccompiler::BackendError> {
