@@ -6,6 +6,8 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use backend_fs::args::invocation::{Invocation, invocation};
+use backend_fs::config::Endpoint;
+use backend_fs::sandbox::descriptors::close_inherited;
 use backend_fs::{daemon, logging};
 
 fn main() -> ExitCode {
@@ -20,13 +22,21 @@ fn main() -> ExitCode {
             }
         }
         Ok(Invocation::Serve(config)) => {
+            let inherited = match config.listen.endpoint {
+                Endpoint::Fd(fd) => Some(fd),
+                Endpoint::Path(_) => None,
+            };
+            if let Err(error) = close_inherited(inherited) {
+                return fail(&format!("cannot close inherited descriptors: {error}"), 1);
+            }
             logging::init(config.log);
             for warning in &config.warnings {
                 tracing::warn!("{warning}");
             }
             match daemon::run(*config) {
                 Ok(()) => ExitCode::SUCCESS,
-                Err(error) => fail(&chain(&error), 1),
+                Err(error) if error.is_reported() => ExitCode::from(error.exit_code()),
+                Err(error) => fail(&chain(&error), error.exit_code()),
             }
         }
         Err(refusal) => fail(&refusal.message, refusal.exit_code),
