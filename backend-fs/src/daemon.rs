@@ -29,7 +29,7 @@ pub use server::{SERVER_CALLS, log_panics};
 pub enum Error {
     /// Limit of open files.
     #[error(transparent)]
-    Limits(#[from] limits::Error),
+    Limits(#[from] limits::TooSmall),
     /// The endpoint.
     #[error(transparent)]
     Listener(#[from] listener::Error),

@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::host::idmap;
+use crate::limits;
 
 /// Why the daemon does not start. Nothing has been changed anywhere when one of these comes up.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -41,14 +42,15 @@ pub enum Error {
     )]
     HandlesWithoutCapability,
     /// The limit leaves nothing for the DPU.
-    #[error("--rlimit-nofile {limit}: the daemon itself needs {reserve} descriptors; give at least {least}")]
-    RlimitTooSmall {
+    #[error("--rlimit-nofile: {0}")]
+    RlimitTooSmall(limits::TooSmall),
+    /// Above what the kernel sets at all.
+    #[error("--rlimit-nofile {limit}: the kernel allows at most {most}; give less or raise fs.nr_open")]
+    RlimitTooLarge {
         /// The limit asked for.
         limit: u64,
-        /// What the daemon keeps for itself.
-        reserve: u64,
-        /// Smallest useful limit.
-        least: u64,
+        /// `fs.nr_open`.
+        most: u64,
     },
     /// A user namespace map where none is made.
     #[error(
@@ -111,7 +113,7 @@ impl Error {
             | Error::MigrationWithFileHandles(_)
             | Error::QueueSize(_)
             | Error::HandlesWithoutCapability
-            | Error::RlimitTooSmall { .. }
+            | Error::RlimitTooSmall(_)
             | Error::NamespaceMap(..)
             | Error::SocketPathHasNoName(_)
             | Error::SocketNameTooLong(_) => 2,
@@ -123,6 +125,7 @@ impl Error {
             | Error::NoSuchUser(_)
             | Error::NoSuchGroup(_)
             | Error::Lookup { .. }
+            | Error::RlimitTooLarge { .. }
             | Error::ChrootNeedsRoot => 1,
         }
     }

@@ -452,3 +452,6 @@ fn call<F: FileSystem>(
         Request::Unsupported => Err(Errno::NOSYS),
     }
 }
+
+#[cfg(test)]
+mod tests;

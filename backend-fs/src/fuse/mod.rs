@@ -8,6 +8,7 @@
 //! | [`name`] | the one place where names are checked |
 //! | [`extension`] | supplementary groups and labels at the end of a request |
 //! | [`request`] | bytes to [`request::Request`], every field checked; pure |
+//! | [`arguments`] | the arguments of single operations; pure |
 //! | [`init`] | version and feature negotiation; pure |
 //! | [`session`] | what was negotiated, shared by all threads |
 //! | [`counters`] | what was served and refused |
@@ -15,6 +16,7 @@
 //! | [`dispatch`] | chain to file system to reply |
 
 pub mod abi;
+pub mod arguments;
 pub mod counters;
 pub mod dirent;
 pub mod dispatch;
