@@ -16,10 +16,13 @@ pub mod supervise;
 use std::io;
 use std::path::PathBuf;
 
+use vring::session::SessionError;
+
 use crate::config::Config;
+use crate::sandbox::open_files;
 use crate::sandbox::process::{Side, split};
 use crate::sandbox::signals::SignalFd;
-use crate::{device, limits, listener, sandbox};
+use crate::{limits, listener, sandbox};
 use notify::Notifier;
 
 pub use server::{SERVER_CALLS, log_panics};
@@ -57,7 +60,7 @@ pub enum Error {
     Accept(#[source] io::Error),
     /// The front end's session ended badly.
     #[error(transparent)]
-    Session(#[from] device::Error),
+    Session(#[from] SessionError),
     /// The server ended with this code and has said why.
     #[error("the serving process ended with exit code {0}")]
     Mirrored(u8),
@@ -96,11 +99,11 @@ impl Error {
 /// # Errors
 /// [`Error`].
 pub fn run(mut config: Config) -> Result<(), Error> {
-    let limit = limits::apply(config.sandbox.rlimit_nofile)?;
-    config.host.fd_budget = config.fd_budget(limit)?;
-    tracing::debug!("open files: {limit}, of them {} for the DPU", config.host.fd_budget);
-    if config.host.fd_budget as u64 <= limits::SMALL_BUDGET {
-        tracing::warn!("only {} open files are left for the DPU; raise --rlimit-nofile", config.host.fd_budget);
+    let limit = open_files::raise(config.sandbox.rlimit_nofile)?;
+    let budget = config.fit_into_limit(limit)?;
+    tracing::debug!("open files: {limit}, of them {budget} for the DPU");
+    if budget < limits::SMALL_BUDGET {
+        tracing::warn!("only {budget} open files are left for the DPU; raise --rlimit-nofile");
     }
     let signals = SignalFd::take_over()?;
     let notifier = Notifier::from_environment();

@@ -82,7 +82,9 @@ impl Daemon {
         let mut child = command.spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = channel();
-        std::thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        std::thread::spawn(move || {
+            stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+        });
         Self { child, lines, seen: Vec::new() }
     }
 
@@ -329,7 +331,11 @@ fn inherited_listening_socket_is_served() {
     assert!(is_served(&mut front_end, PATIENCE));
     drop(front_end);
     assert_eq!(daemon.ends().0, 0);
-    assert_eq!(place.files(), ["fs.sock"], "a socket that was passed in is its maker's, and there is no pid file");
+    assert_eq!(
+        place.files(),
+        ["fs.sock"],
+        "a socket that was passed in is its maker's, and there is no pid file"
+    );
 }
 
 #[test]
@@ -447,7 +453,9 @@ fn service_manager_is_told() {
     let by_path = UnixDatagram::bind(place.path("notify")).unwrap();
     let name = format!("backend-fs-test-{}", std::process::id());
     let by_name = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-    for (socket, name) in [(by_path, place.path("notify").into_os_string()), (by_name, format!("@{name}").into())] {
+    for (socket, name) in
+        [(by_path, place.path("notify").into_os_string()), (by_name, format!("@{name}").into())]
+    {
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut command = place.command();
         command.env("NOTIFY_SOCKET", &name);
@@ -465,7 +473,8 @@ fn service_manager_is_told() {
 
 #[test]
 fn limit_of_open_files_is_raised_as_far_as_it_goes() {
-    let limits = |pid: Pid| std::fs::read_to_string(format!("/proc/{}/limits", pid.as_raw_nonzero())).unwrap();
+    let limits =
+        |pid: Pid| std::fs::read_to_string(format!("/proc/{}/limits", pid.as_raw_nonzero())).unwrap();
     let open_files = |pid: Pid| {
         let limits = limits(pid);
         let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap().to_owned();

@@ -17,9 +17,9 @@ use rustix::io::Errno;
 use vring::session::{End, Stop};
 
 use super::Error;
-use crate::config::Config;
+use crate::config::{Config, DeviceOptions};
 use crate::device;
-use crate::filesystem::FileSystem;
+use crate::fuse::Session;
 use crate::host::options::FileHandles;
 use crate::host::{self, HostFs};
 use crate::listener::{self, Socket};
@@ -40,8 +40,7 @@ const CALLS: &[Call] = &[
 ];
 
 /// Everything the sealed server may ask of the kernel.
-pub const SERVER_CALLS: &[&[Call]] =
-    &[RUNTIME_CALLS, CALLS, listener::CALLS, device::CALLS, vring::CALLS, host::CALLS];
+pub const SERVER_CALLS: &[&[Call]] = &[RUNTIME_CALLS, CALLS, listener::CALLS, device::CALLS, host::CALLS];
 
 /// Runs the server's part of the daemon.
 ///
@@ -57,6 +56,8 @@ pub fn run(config: Config, link: Server, socket: Socket, signals: SignalFd) -> R
         file_handles: config.host.file_handles != FileHandles::Never,
     };
     let view = confinement.enter()?;
+    let session = Session::new(&config.host);
+    let lock_waiters = config.host.max_lock_waiters;
     let fs = HostFs::new(view.root, view.proc_self_fd, config.host)
         .map_err(|source| Error::Export { export: export.to_owned(), source })?;
     let stop = Stop::new().map_err(|source| Error::Start { step: "making the stop event", source })?;
@@ -64,7 +65,8 @@ pub fn run(config: Config, link: Server, socket: Socket, signals: SignalFd) -> R
     confinement.seal(SERVER_CALLS)?;
     link.ready();
 
-    let mut serving = Serving { fs: Arc::new(fs), device: config.device, stop };
+    let serving =
+        Serving { fs: Arc::new(fs), session: Arc::new(session), device: config.device, lock_waiters, stop };
     match socket {
         Socket::Connected(stream) => serving.one(stream).map(drop),
         Socket::Listening(listener) if config.listen.keep_listening => serving.many(&listener),
@@ -80,13 +82,15 @@ pub fn run(config: Config, link: Server, socket: Socket, signals: SignalFd) -> R
 
 struct Serving {
     fs: Arc<HostFs>,
-    device: crate::config::DeviceOptions,
+    session: Arc<Session>,
+    device: DeviceOptions,
+    lock_waiters: usize,
     stop: Stop,
 }
 
 impl Serving {
     /// Front end after front end, until a signal.
-    fn many(&mut self, listener: &UnixListener) -> Result<(), Error> {
+    fn many(&self, listener: &UnixListener) -> Result<(), Error> {
         while let Some(stream) = self.accept(listener)? {
             let done = eventfd(0, EventfdFlags::CLOEXEC)
                 .map_err(|errno| Error::Start { step: "watching the backlog", source: errno.into() })?;
@@ -110,11 +114,11 @@ impl Serving {
         Ok(())
     }
 
-    /// Serves one front end to its end and drops what its DPU held.
-    fn one(&mut self, stream: UnixStream) -> Result<End, Error> {
+    /// Serves one front end to its end; nothing stays of what its DPU held.
+    fn one(&self, stream: UnixStream) -> Result<End, Error> {
         tracing::info!("front end connected");
-        let end = device::serve_connection(stream, Arc::clone(&self.fs), self.device.clone(), &self.stop);
-        self.fs.destroy();
+        let (fs, session) = (Arc::clone(&self.fs), Arc::clone(&self.session));
+        let end = device::serve_connection(&stream, fs, session, &self.device, self.lock_waiters, &self.stop);
         match &end {
             Ok(End::Disconnected) => tracing::info!("front end disconnected"),
             Ok(End::Stopped) => tracing::info!("stopped"),

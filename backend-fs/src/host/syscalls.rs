@@ -51,7 +51,12 @@ pub const CALLS: &[Call] = &[
     Call::any(libc::SYS_removexattr, "REMOVEXATTR"),
     Call::any(libc::SYS_fchdir, "entering /proc/self/fd, per thread"),
     // Acting as the caller, per thread.
-    Call::with(libc::SYS_unshare, 0, libc::CLONE_FS as u32, "umask and working directory of the thread's own"),
+    Call::with(
+        libc::SYS_unshare,
+        0,
+        libc::CLONE_FS as u32,
+        "umask and working directory of the thread's own",
+    ),
     Call::any(libc::SYS_umask, "new inodes of callers with FUSE_DONT_MASK"),
     Call::any(libc::SYS_setfsuid, "the caller's user id"),
     Call::any(libc::SYS_setfsgid, "the caller's group id"),
