@@ -308,11 +308,12 @@ fn garbage_from_a_front_end_is_an_error_of_that_front_end() {
 
 /// Gives `fd` to the daemon as descriptor number `number`, and nothing else but a stray one.
 fn start_with_fd(place: &Place, fd: &OwnedFd, number: i32) -> Daemon {
-    // `sh` keeps descriptors open that it was given without close-on-exec.
+    // The shell keeps descriptors open that it was given without close-on-exec; `sh` may not know
+    // numbers above 9.
     let script = format!("exec {number}<&{} 200</; exec \"$@\" --fd={number}", fd.as_raw_fd());
     let bare = place.bare();
-    let mut command = Command::new("sh");
-    command.args(["-c", &script, "sh"]).arg(bare.get_program()).args(bare.get_args());
+    let mut command = Command::new("bash");
+    command.args(["-c", &script, "bash"]).arg(bare.get_program()).args(bare.get_args());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
     rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).unwrap();
     let daemon = Daemon::start(command);

@@ -62,6 +62,10 @@ pub fn run(config: Config, link: Server, socket: Socket, signals: SignalFd) -> R
         .map_err(|source| Error::Export { export: export.to_owned(), source })?;
     let stop = Stop::new().map_err(|source| Error::Start { step: "making the stop event", source })?;
     stop_on_signal(signals, stop.clone())?;
+    if let Socket::Listening(listener) = &socket {
+        // Another process that has the same inherited socket may be faster after poll.
+        listener.set_nonblocking(true).map_err(Error::Accept)?;
+    }
     confinement.seal(SERVER_CALLS)?;
     link.ready();
 
@@ -129,8 +133,6 @@ impl Serving {
 
     /// The next front end, or `None` when a signal came first.
     fn accept(&self, listener: &UnixListener) -> Result<Option<UnixStream>, Error> {
-        // Another process that has the same inherited socket may be faster after poll.
-        listener.set_nonblocking(true).map_err(Error::Accept)?;
         // Callers wait for this very line. If stderr is gone, nobody does.
         let _ = writeln!(io::stderr(), "{WAITING_LINE}");
         loop {

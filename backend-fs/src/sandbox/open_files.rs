@@ -29,7 +29,7 @@ pub fn raise(wanted: Option<u64>) -> Result<u64, Error> {
         },
         Plan::UpTo(limit) if set(limit).is_ok() => Ok(limit),
         Plan::UpTo(limit) => {
-            tracing::info!("open files are limited to {hard} by the hard limit; {limit} were wanted");
+            tracing::debug!("open files are limited to {hard} by the hard limit; {limit} were wanted");
             Ok(if set(hard).is_ok() { hard } else { soft })
         }
     }
