@@ -32,7 +32,7 @@ pub use server::{SERVER_CALLS, log_panics};
 pub enum Error {
     /// Limit of open files.
     #[error(transparent)]
-    Limits(#[from] limits::TooSmall),
+    Limits(#[from] limits::Error),
     /// The endpoint.
     #[error(transparent)]
     Listener(#[from] listener::Error),
