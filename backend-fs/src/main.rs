@@ -6,8 +6,13 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use backend_fs::args::invocation::{Invocation, invocation};
+<<<<<<< HEAD
 use backend_fs::config::Config;
 use backend_fs::sandbox::descriptors;
+=======
+use backend_fs::config::Endpoint;
+use backend_fs::sandbox::descriptors::close_inherited;
+>>>>>>> daemon
 use backend_fs::{daemon, logging};
 
 fn main() -> ExitCode {
@@ -21,7 +26,28 @@ fn main() -> ExitCode {
                 Err(error) => fail(&format!("cannot write to stdout: {error}"), 1),
             }
         }
+<<<<<<< HEAD
         Ok(Invocation::Serve(config)) => serve(*config),
+=======
+        Ok(Invocation::Serve(config)) => {
+            let inherited = match config.listen.endpoint {
+                Endpoint::Fd(fd) => Some(fd),
+                Endpoint::Path(_) => None,
+            };
+            if let Err(error) = close_inherited(inherited) {
+                return fail(&format!("cannot close inherited descriptors: {error}"), 1);
+            }
+            logging::init(config.log);
+            for warning in &config.warnings {
+                tracing::warn!("{warning}");
+            }
+            match daemon::run(*config) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) if error.is_reported() => ExitCode::from(error.exit_code()),
+                Err(error) => fail(&chain(&error), error.exit_code()),
+            }
+        }
+>>>>>>> daemon
         Err(refusal) => fail(&refusal.message, refusal.exit_code),
     }
 }
