@@ -19,7 +19,6 @@ use std::path::PathBuf;
 use vring::session::SessionError;
 
 use crate::config::Config;
-use crate::sandbox::open_files;
 use crate::sandbox::process::{Side, split};
 use crate::sandbox::signals::SignalFd;
 use crate::{limits, listener, sandbox};
@@ -99,10 +98,11 @@ impl Error {
 /// # Errors
 /// [`Error`].
 pub fn run(mut config: Config) -> Result<(), Error> {
-    let limit = open_files::raise(config.sandbox.rlimit_nofile)?;
-    let budget = config.fit_into_limit(limit)?;
+    let limit = limits::apply(config.sandbox.rlimit_nofile)?;
+    let budget = config.fd_budget(limit)?;
+    config.host.fd_budget = budget;
     tracing::debug!("open files: {limit}, of them {budget} for the DPU");
-    if budget < limits::SMALL_BUDGET {
+    if (budget as u64) < limits::SMALL_BUDGET {
         tracing::warn!("only {budget} open files are left for the DPU; raise --rlimit-nofile");
     }
     let signals = SignalFd::take_over()?;

@@ -53,7 +53,6 @@ pub mod capabilities;
 pub mod descriptors;
 pub mod landlock;
 pub mod mounts;
-pub mod open_files;
 pub mod options;
 pub mod process;
 pub mod seccomp;
@@ -148,19 +147,6 @@ pub enum Error {
     /// Signals.
     #[error("cannot take over signals")]
     Signals(#[source] io::Error),
-    /// Limit of open files.
-    #[error(
-        "--rlimit-nofile {wanted}: {error} (the hard limit is {hard}); give less, or raise the hard limit of \
-         the service that starts the daemon"
-    )]
-    OpenFiles {
-        /// The limit asked for.
-        wanted: u64,
-        /// What the kernel said.
-        error: io::Error,
-        /// The hard limit.
-        hard: u64,
-    },
     /// The supervisor went away during start-up.
     #[error("the supervising process ended during start-up")]
     SupervisorGone,
