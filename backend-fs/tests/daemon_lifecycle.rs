@@ -1,6 +1,8 @@
 //! The life of the real daemon as its callers see it: what it prints, which files come and go, how it
 //! ends. No DPU is needed for that; a front end here says no more than GET_FEATURES.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // Helpers of tests fail by panicking, like tests.
+
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};

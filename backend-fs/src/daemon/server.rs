@@ -48,6 +48,8 @@ pub const SERVER_CALLS: &[&[Call]] = &[RUNTIME_CALLS, CALLS, listener::CALLS, de
 /// [`Error`]; the caller prints it and ends the process with its exit code.
 pub fn run(config: Config, link: Server, socket: Socket, signals: SignalFd) -> Result<(), Error> {
     log_panics();
+    // The auxiliary vector is read when it is first needed, by means that are out of reach later.
+    let _ = rustix::param::page_size();
     let export = config.shared_dir.as_path();
     let confinement = Confinement {
         options: &config.sandbox,

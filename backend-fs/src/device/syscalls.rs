@@ -25,6 +25,9 @@ pub const CALLS: &[Call] = &[
     // Rings.
     Call::any(libc::SYS_read, "kicks"),
     Call::any(libc::SYS_write, "calls; waking a worker"),
+    Call::any(libc::SYS_epoll_create1, "a worker's set of kicks"),
+    Call::any(libc::SYS_epoll_ctl, "queues of a worker come and go"),
+    Call::any(libc::SYS_epoll_pwait, "a worker waits for kicks"),
     Call::any(libc::SYS_eventfd2, "waking a worker; memory that was lost"),
     Call::with(libc::SYS_unshare, 0, libc::CLONE_FS as u32, "umask and working directory of a worker's own"),
 ];
