@@ -104,18 +104,19 @@ pub(super) fn readdirplus(rig: &mut Rig, length: Duration) -> anyhow::Result<Lat
     let start = Instant::now();
     while start.elapsed() < length {
         let (mut offset, mut entries, mut names) = (0u64, 0u32, HashSet::new());
-        let mut spent = Duration::ZERO;
         loop {
             request.set_args(offset_of!(ReadIn, offset), offset.as_bytes());
             let begin = Instant::now();
             let len = exchange(client, &request, &mut unique)?;
-            spent += begin.elapsed();
+            let spent = begin.elapsed();
             if len == 0 {
                 break;
             }
             // What the DPU's kernel does with the entries is not the daemon's time.
             let page = dirent::parse(&request.results(len), true)?;
             entries += page.len() as u32;
+            let each = spent / page.len() as u32;
+            page.iter().for_each(|_| latencies.push(each));
             offset = page.last().map_or(offset, |entry| entry.offset);
             if !checked {
                 names.extend(page.into_iter().map(|entry| entry.name));
@@ -126,8 +127,7 @@ pub(super) fn readdirplus(rig: &mut Rig, length: Duration) -> anyhow::Result<Lat
             ensure!(all, "the listing of {LISTED} names has only {} entries", names.len());
             checked = true;
         }
-        let each = spent / entries.max(1);
-        (0..entries).for_each(|_| latencies.push(each));
+        ensure!(entries as usize >= LISTED, "a listing of {LISTED} names has only {entries} entries");
     }
     Ok(latencies)
 }
