@@ -19,7 +19,7 @@ const MEMORY_SLOTS: u64 = 509;
 /// Descriptors kept back for everything else: rings, sockets, the sandbox's own.
 const INTERNAL: u64 = 100;
 
-/// Descriptors below which a budget is of no practical use; virtiofsd warns below it, too.
+/// Descriptors below which a budget is of little practical use; virtiofsd warns below it, too.
 pub const SMALL_BUDGET: u64 = 128;
 
 /// Why the limit could not be set.
@@ -47,7 +47,11 @@ pub enum Error {
         errno: Errno,
     },
     /// Nothing is left for the DPU.
-    #[error("the limit of open files is {limit}, but the daemon itself needs {reserve}; raise the limit")]
+    #[error(
+        "the limit of open files is {limit}, and the daemon itself needs {reserve}; allow at least {least} \
+         with --rlimit-nofile or in the service that starts the daemon",
+        least = reserve + SMALL_BUDGET
+    )]
     TooSmall {
         /// The limit in force.
         limit: u64,
@@ -183,5 +187,10 @@ mod tests {
         assert_eq!(budget(1024, reserve), Ok(399));
         assert_eq!(budget(625, reserve), Err(Error::TooSmall { limit: 625, reserve }));
         assert_eq!(budget(0, reserve), Err(Error::TooSmall { limit: 0, reserve }));
+        assert_eq!(
+            Error::TooSmall { limit: 256, reserve }.to_string(),
+            "the limit of open files is 256, and the daemon itself needs 625; allow at least 753 \
+             with --rlimit-nofile or in the service that starts the daemon"
+        );
     }
 }

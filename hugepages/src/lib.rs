@@ -10,8 +10,25 @@
 //! | [`sysfs`] | the kernel's pools and memory figures, under any root | reads, and one write per pool |
 //! | [`state`] | record and lock of what was taken | `/run/dpu-hugepages` |
 //! | [`reserve`] | take and give back, all or nothing | pools |
+//! | [`backing`] | makes memory to share | a memfd |
+//! | [`probe`] | what kind of memory a front end shared | maps it, touches nothing |
+//! | [`smaps`] | parsers of a process's mappings | none |
+//! | [`sys`] | system calls without a safe wrapper; the only `unsafe` | |
+
+pub mod backing;
+pub mod cgroup;
+pub mod doctor;
+pub mod facts;
+pub mod mounts;
+pub mod persist;
 pub mod plan;
+pub mod probe;
+pub mod qemu;
+pub mod qemu_argv;
 pub mod reserve;
 pub mod size;
+pub mod smaps;
 pub mod state;
+pub mod status;
+pub mod sys;
 pub mod sysfs;

@@ -192,8 +192,6 @@ struct Areas {
     used_idx: *const AtomicU16,
     used_ring: *mut u32,
     avail_event: *const AtomicU16,
-    /// DPU address of the used ring.
-    used_dpu_addr: u64,
 }
 
 /// Checked copy of a descriptor.
@@ -228,6 +226,8 @@ pub struct Ring {
     /// Signal whatever the DPU's event index says: the driver may have missed one.
     force_signal: bool,
     broken: bool,
+    /// Switched off by the front end: nothing is taken, what is in flight comes back.
+    enabled: bool,
     /// Region of the last translation.
     hint: usize,
     /// One bit per head: handed out and not back yet.
@@ -302,7 +302,6 @@ impl Areas {
             used_idx: used_at(2),
             used_ring: used.addr.wrapping_add(4).cast(),
             avail_event: used_at(4 + 8 * usize::from(size)),
-            used_dpu_addr: used.dpu_addr,
         })
     }
 }
@@ -381,6 +380,7 @@ impl Ring {
             signalled: used,
             force_signal: true,
             broken: false,
+            enabled: true,
             hint: 0,
             in_flight: vec![0; (size as usize).div_ceil(64)].into(),
             chains_in_flight: 0,
@@ -396,6 +396,11 @@ impl Ring {
     /// Queue number.
     pub fn index(&self) -> u16 {
         self.index
+    }
+
+    /// Entries.
+    pub fn size(&self) -> u16 {
+        self.size
     }
 
     /// Next available entry that would be taken: `VHOST_USER_GET_VRING_BASE`.
@@ -448,6 +453,11 @@ impl Ring {
         self.force_signal = true;
     }
 
+    /// Switches taking of requests on or off. Completions go on either way.
+    pub fn set_enabled(&mut self, enabled: bool) {
+        self.enabled = enabled;
+    }
+
     /// Replaces the error descriptor.
     pub fn set_err(&mut self, err: Option<OwnedFd>) {
         self.err = err.map(Notifier::new);
@@ -482,7 +492,7 @@ impl Ring {
     pub fn has_work(&self) -> bool {
         let available = self.avail_seen != self.next_avail
             || load(self.areas.avail_idx, Ordering::Acquire) != self.next_avail;
-        available && !self.broken && self.pieces_in_flight < PIECE_BUDGET
+        available && self.enabled && !self.broken && self.pieces_in_flight < PIECE_BUDGET
     }
 
     /// Takes the next chain. Malformed ones are returned to the DPU on the way.
@@ -492,6 +502,9 @@ impl Ring {
     #[inline]
     pub fn pop(&mut self) -> Result<Option<Chain>, RingError> {
         self.return_abandoned();
+        if !self.enabled {
+            return Ok(None);
+        }
         // One round at most, so that a DPU that feeds bad chains for ever cannot hold the worker here.
         for _ in 0..self.size {
             if self.next_avail == self.avail_seen && !self.look()? {
@@ -780,11 +793,6 @@ impl Ring {
             chain.writable.clear();
             self.pool.push(chain);
         }
-    }
-
-    /// DPU address of the used ring, which is what its writes are logged at unless told otherwise.
-    pub fn used_dpu_addr(&self) -> u64 {
-        self.areas.used_dpu_addr
     }
 }
 

@@ -217,9 +217,9 @@ fn dropping_or_rolling_back_restores_the_pool() {
         r.step().unwrap();
         assert_eq!(model.pools(), [129]);
         if drop_it {
-            drop(r)
+            drop(r);
         } else {
-            assert_eq!(r.roll_back().unwrap(), 0)
+            assert_eq!(r.roll_back().unwrap(), 0);
         }
         assert_eq!(model.pools(), [1]);
         assert_eq!(record.pages(), []);
