@@ -16,11 +16,19 @@
 //! | [`sys`] | system calls without a safe wrapper; the only `unsafe` | |
 
 pub mod backing;
+pub mod cgroup;
+pub mod doctor;
+pub mod facts;
+pub mod mounts;
+pub mod persist;
 pub mod plan;
 pub mod probe;
+pub mod qemu;
+pub mod qemu_argv;
 pub mod reserve;
 pub mod size;
 pub mod smaps;
 pub mod state;
+pub mod status;
 pub mod sys;
 pub mod sysfs;
