@@ -185,6 +185,7 @@ pub(crate) fn settle<E>(
         }
     }
     settled.retain(|e| e.pages > 0);
+    settled.sort_by_key(|e| (e.page_kib, e.node));
     Ok(settled)
 }
 
