@@ -189,7 +189,14 @@ pub trait FileSystem: Send + Sync {
     fn lookup(&self, cx: &Context, parent: NodeId, name: &CStr) -> Result<Entry>;
     fn forget(&self, node: NodeId, count: u64);
     fn getattr(&self, cx: &Context, node: NodeId, handle: Option<HandleId>) -> Result<(abi::Attr, Duration)>;
-    fn statx(&self, cx: &Context, node: NodeId, handle: Option<HandleId>, flags: u32, mask: u32) -> Result<(abi::Statx, Duration)>;
+    fn statx(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: Option<HandleId>,
+        flags: u32,
+        mask: u32,
+    ) -> Result<(abi::Statx, Duration)>;
     fn setattr(&self, cx: &Context, node: NodeId, change: SetAttr) -> Result<(abi::Attr, Duration)>;
     fn access(&self, cx: &Context, node: NodeId, mask: u32) -> Result<()>;
 
@@ -205,36 +212,104 @@ pub trait FileSystem: Send + Sync {
 
     /// `flags` are the DPU's open flags; `kill_suidgid` is `FUSE_OPEN_KILL_SUIDGID`.
     fn open(&self, cx: &Context, node: NodeId, flags: u32, kill_suidgid: bool) -> Result<Opened>;
-    fn create(&self, cx: &Context, parent: NodeId, name: &CStr, new: NewInode, flags: u32, kill_suidgid: bool) -> Result<(Entry, Opened)>;
+    fn create(
+        &self,
+        cx: &Context,
+        parent: NodeId,
+        name: &CStr,
+        new: NewInode,
+        flags: u32,
+        kill_suidgid: bool,
+    ) -> Result<(Entry, Opened)>;
     fn tmpfile(&self, cx: &Context, parent: NodeId, new: NewInode, flags: u32) -> Result<(Entry, Opened)>;
     /// Reads up to `into.len()` bytes at `offset` straight into DPU memory. Short only at the end of the file.
     fn read(&self, cx: &Context, node: NodeId, handle: HandleId, offset: u64, into: Slices) -> Result<usize>;
     /// Writes `from` at `offset` straight from DPU memory. `kill_suidgid`: `FUSE_WRITE_KILL_SUIDGID`;
     /// `cached`: `FUSE_WRITE_CACHE`, a page written back with a guessed handle.
     #[allow(clippy::too_many_arguments, reason = "the protocol's own arguments")]
-    fn write(&self, cx: &Context, node: NodeId, handle: HandleId, offset: u64, from: Slices, kill_suidgid: bool, cached: bool) -> Result<usize>;
+    fn write(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        offset: u64,
+        from: Slices,
+        kill_suidgid: bool,
+        cached: bool,
+    ) -> Result<usize>;
+    /// A write through a file that has `O_APPEND` set now (`fuse_write_in.flags`) and that is not a
+    /// page written back: the bytes go to the end of the host's file, wherever that is, in one step.
+    /// `offset` is where the DPU believes that to be.
+    fn append(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        offset: u64,
+        from: Slices,
+        kill_suidgid: bool,
+    ) -> Result<usize> {
+        self.write(cx, node, handle, offset, from, kill_suidgid, false)
+    }
     fn flush(&self, cx: &Context, node: NodeId, handle: HandleId, lock_owner: u64) -> Result<()>;
     fn release(&self, cx: &Context, node: NodeId, release: Release) -> Result<()>;
     fn fsync(&self, cx: &Context, node: NodeId, handle: HandleId, data_only: bool) -> Result<()>;
-    fn fallocate(&self, cx: &Context, node: NodeId, handle: HandleId, mode: u32, offset: u64, len: u64) -> Result<()>;
+    fn fallocate(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        mode: u32,
+        offset: u64,
+        len: u64,
+    ) -> Result<()>;
     fn lseek(&self, cx: &Context, node: NodeId, handle: HandleId, offset: u64, whence: u32) -> Result<u64>;
     fn copy_file_range(&self, cx: &Context, range: CopyRange) -> Result<usize>;
 
     fn opendir(&self, cx: &Context, node: NodeId, flags: u32) -> Result<Opened>;
     /// Fills `into` with entries after `offset`.
-    fn readdir(&self, cx: &Context, node: NodeId, handle: HandleId, offset: u64, into: &mut DirBuffer) -> Result<()>;
+    fn readdir(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        offset: u64,
+        into: &mut DirBuffer,
+    ) -> Result<()>;
     /// Like `readdir`, with a lookup per entry; an entry that does not fit takes no reference.
-    fn readdirplus(&self, cx: &Context, node: NodeId, handle: HandleId, offset: u64, into: &mut DirBuffer) -> Result<()>;
+    fn readdirplus(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        offset: u64,
+        into: &mut DirBuffer,
+    ) -> Result<()>;
     fn releasedir(&self, cx: &Context, node: NodeId, release: Release) -> Result<()>;
     fn fsyncdir(&self, cx: &Context, node: NodeId, handle: HandleId, data_only: bool) -> Result<()>;
 
     fn statfs(&self, cx: &Context, node: NodeId) -> Result<abi::Kstatfs>;
     fn syncfs(&self, cx: &Context, node: NodeId) -> Result<()>;
 
-    fn setxattr(&self, cx: &Context, node: NodeId, name: &CStr, value: &[u8], flags: u32, kill_sgid: bool) -> Result<()>;
+    fn setxattr(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        kill_sgid: bool,
+    ) -> Result<()>;
     /// With `size` 0 only the value's size is returned; otherwise the value (at most `size` bytes) is
     /// appended to `value` and its length returned; `ERANGE` when it is longer.
-    fn getxattr(&self, cx: &Context, node: NodeId, name: &CStr, size: u32, value: &mut Vec<u8>) -> Result<usize>;
+    fn getxattr(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        name: &CStr,
+        size: u32,
+        value: &mut Vec<u8>,
+    ) -> Result<usize>;
     /// As `getxattr`, for the NUL-separated list of names.
     fn listxattr(&self, cx: &Context, node: NodeId, size: u32, names: &mut Vec<u8>) -> Result<usize>;
     fn removexattr(&self, cx: &Context, node: NodeId, name: &CStr) -> Result<()>;
@@ -244,4 +319,7 @@ pub trait FileSystem: Send + Sync {
     /// Takes, changes or drops a lock. `wait` without [`Context::may_block`] answers `EAGAIN` when
     /// the lock is taken; with it the thread waits until it has the lock or [`FileSystem::destroy`].
     fn setlk(&self, cx: &Context, node: NodeId, request: LockRequest, wait: bool) -> Result<()>;
+    /// Makes every [`FileSystem::setlk`] that waits now return `EINTR`. Locks that are held stay, and
+    /// so do later waits: this is how a queue is emptied before it stops.
+    fn interrupt_locks(&self) {}
 }

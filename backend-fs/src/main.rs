@@ -1,2 +1,62 @@
-//! Entry point.
-fn main() {}
+//! Entry point: parse, then serve. The only place that decides how the process ends.
+#![forbid(unsafe_code)]
+
+use std::error::Error;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use backend_fs::args::invocation::{Invocation, invocation};
+use backend_fs::config::Config;
+use backend_fs::sandbox::descriptors;
+use backend_fs::{daemon, logging};
+
+fn main() -> ExitCode {
+    match invocation(std::env::args_os().collect()) {
+        Ok(Invocation::Print(text)) => {
+            let mut stdout = io::stdout().lock();
+            match stdout.write_all(&text).and_then(|()| stdout.flush()) {
+                Ok(()) => ExitCode::SUCCESS,
+                // `--help | head` is no failure.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+                Err(error) => fail(&format!("cannot write to stdout: {error}"), 1),
+            }
+        }
+        Ok(Invocation::Serve(config)) => serve(*config),
+        Err(refusal) => fail(&refusal.message, refusal.exit_code),
+    }
+}
+
+fn serve(config: Config) -> ExitCode {
+    // Before anything here opens a descriptor that stays, the log included.
+    if let Err(error) = descriptors::close_inherited(config.inherited_fd()) {
+        return fail(&format!("cannot close inherited descriptors: {error}"), 1);
+    }
+    logging::init(config.log);
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    match daemon::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Two processes come here; what one of them has said the other need not repeat.
+        Err(error) if error.is_reported() => ExitCode::from(error.exit_code()),
+        Err(error) => fail(&chain(&error), error.exit_code()),
+    }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        line.push_str(": ");
+        line.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    line
+}
+
+fn fail(message: &str, code: u8) -> ExitCode {
+    // When stderr is gone as well, the exit code has to do.
+    let _ = writeln!(io::stderr(), "backend-fs: {message}");
+    ExitCode::from(code)
+}

@@ -56,7 +56,7 @@ pub enum Offer {
 }
 
 /// Options of one export.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostOptions {
     /// Caching.
     pub cache: CachePolicy,

@@ -1,1 +1,34 @@
-//! Under construction.
+//! The emulated DPU: a QEMU guest with a stock Debian kernel that mounts exports of this host through a daemon
+//! under test.
+//!
+//! # Roles
+//! `dpu-e2e` is one program with three lives. On the **host** it fetches kernels, starts the daemon and QEMU,
+//! gives orders, looks at the export, and judges. In the **DPU** it is init and agent ([`agent`]): it runs what
+//! the host orders and reports. On **both** sides it is a tool that performs single file operations
+//! ([`verbs`], `dpu-e2e do …`), so that a case can do the same thing on either side and compare.
+//!
+//! # Code map
+//! | Module | Subject |
+//! |---|---|
+//! | [`cache`], [`apt`], [`kernel`] | artefacts: fetched from Debian, unpacked, kept |
+//! | [`cpio`], [`initramfs`] | the DPU's first root |
+//! | [`wire`], [`agent`] | the protocol and its DPU side |
+//! | [`dpu`], [`daemon`] | the two processes of a case |
+//! | [`registry`], [`deadline`], [`sys`] | cleaning up, waiting, system calls |
+//!
+//! # Limits
+//! QEMU translates (TCG); KVM is neither needed nor used. Times measured in the DPU say nothing about a real card.
+
+pub mod agent;
+pub mod apt;
+pub mod cache;
+pub mod cpio;
+pub mod daemon;
+pub mod deadline;
+pub mod dpu;
+pub mod initramfs;
+pub mod kernel;
+pub mod registry;
+pub mod sys;
+pub mod verbs;
+pub mod wire;
