@@ -101,6 +101,7 @@ fn wait_for(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !condition() {
         assert!(Instant::now() < deadline, "never happened: {what}");
+        // wait-loop: `condition`, until the deadline.
         std::thread::sleep(Duration::from_millis(1));
     }
 }
