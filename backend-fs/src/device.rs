@@ -15,7 +15,7 @@ mod syscalls;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vring::memory::{Backing, DpuMemory};
 use vring::message::{MAX_CONFIG, feature};
@@ -93,7 +93,9 @@ impl<F: FileSystem + 'static> FsDevice<F> {
         for worker in self.workers.iter().flatten() {
             worker.quit();
         }
-        let stuck = self.workers.iter().flatten().filter(|worker| !worker.wait_ended(END_LIMIT)).count();
+        let deadline = Instant::now() + END_LIMIT;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let stuck = self.workers.iter().flatten().filter(|worker| !worker.wait_ended(left())).count();
         self.workers.iter_mut().for_each(|worker| *worker = None);
         self.offload.session().close(&**self.offload.fs());
         let stuck = stuck + self.offload.stop(END_LIMIT);

@@ -169,9 +169,11 @@ mod tests {
         poll.sample(now, Duration::from_secs(9));
         assert_eq!(poll.window(now), DEFAULT_MAX, "the first sample only sets the mark");
         let mut pauses = Vec::new();
+        let mut last = now;
         for _ in 0..9 {
             now += 20 * MS;
-            poll.sample(now, 10 * MS);
+            poll.sample(now, (now - last) / 2);
+            last = now;
             assert_eq!(poll.window(now), Duration::ZERO);
             let pause = (1..2000).map(|ms| ms * MS).find(|ms| !poll.window(now + *ms).is_zero()).unwrap();
             pauses.push(pause);
