@@ -126,7 +126,8 @@ fn one_dpu_after_the_other_is_served_by_the_same_process() {
     }
     export.daemon.expect_running().unwrap();
     assert_eq!(export.daemon.pid(), pid);
-    export.daemon.terminate(Signal::TERM, Duration::from_secs(1)).unwrap();
+    let ended = export.daemon.terminate(Signal::TERM, Duration::from_secs(1));
+    assert!(ended.is_ok_and(|status| status.success()), "{}", export.daemon.stderr());
 }
 
 #[test]
