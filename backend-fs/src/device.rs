@@ -10,6 +10,8 @@
 //! everything released that the DPU held.
 #![forbid(unsafe_code)]
 
+mod syscalls;
+
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -26,6 +28,8 @@ use crate::filesystem::FileSystem;
 use crate::fuse::session::Session;
 use crate::offload::{Offload, OffloadLimits};
 use crate::worker::Worker;
+
+pub use syscalls::CALLS;
 
 /// How long a queue that the front end stops waits for requests that are stuck in the host. The front
 /// end waits as well, with the whole DPU, so this must end.

@@ -14,61 +14,6 @@ use vring::chain::Slices;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// System calls that the host file system makes, for the seccomp allow list.
-///
-/// `clone`, memory and futex calls of the runtime are not in it.
-pub const SYSCALLS: &[libc::c_long] = &[
-    libc::SYS_capget,
-    libc::SYS_capset,
-    libc::SYS_close,
-    libc::SYS_copy_file_range,
-    libc::SYS_faccessat2,
-    libc::SYS_fallocate,
-    libc::SYS_fchdir,
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
-    libc::SYS_fchownat,
-    libc::SYS_fcntl,
-    libc::SYS_fdatasync,
-    libc::SYS_flock,
-    libc::SYS_fstatfs,
-    libc::SYS_fsync,
-    libc::SYS_ftruncate,
-    libc::SYS_getdents64,
-    libc::SYS_getpid,
-    libc::SYS_gettid,
-    libc::SYS_getxattr,
-    libc::SYS_linkat,
-    libc::SYS_listxattr,
-    libc::SYS_lseek,
-    libc::SYS_mkdirat,
-    libc::SYS_mknodat,
-    libc::SYS_name_to_handle_at,
-    libc::SYS_open_by_handle_at,
-    libc::SYS_openat,
-    libc::SYS_openat2,
-    libc::SYS_preadv2,
-    libc::SYS_pwritev2,
-    libc::SYS_readlinkat,
-    libc::SYS_removexattr,
-    libc::SYS_renameat2,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_setfsgid,
-    libc::SYS_setfsuid,
-    libc::SYS_setgroups,
-    libc::SYS_setxattr,
-    libc::SYS_statx,
-    libc::SYS_symlinkat,
-    libc::SYS_syncfs,
-    libc::SYS_tgkill,
-    libc::SYS_umask,
-    libc::SYS_unlinkat,
-    libc::SYS_unshare,
-    libc::SYS_utimensat,
-];
-
 /// Largest number of iovecs of one call (`UIO_MAXIOV`, `include/uapi/linux/uio.h`).
 const MAX_IOVECS: usize = 1024;
 

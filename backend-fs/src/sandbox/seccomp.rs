@@ -75,7 +75,7 @@ impl Call {
         let mut arguments = [u64::MAX; 6];
         let (index, value) = match self.only {
             Only::Any => return arguments,
-            Only::Bits { index, mask, value } if mask == u32::MAX.into() => (index, value),
+            Only::Bits { index, mask, value } if mask == u64::from(u32::MAX) => (index, value),
             Only::Bits { index, mask, value } => (index, !mask | value),
             Only::OwnProcess { index } => (index, own_pid().into()),
         };

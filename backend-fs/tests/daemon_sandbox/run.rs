@@ -173,6 +173,7 @@ impl Ran {
 /// Waits until `condition` holds.
 pub fn wait_for(what: &str, patience: Duration, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience;
+    // wait-loop: `condition`, until the deadline
     while !condition() {
         assert!(Instant::now() < deadline, "{what}: not within {patience:?}");
         std::thread::sleep(Duration::from_millis(2));

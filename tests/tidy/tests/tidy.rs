@@ -15,6 +15,7 @@ const UNSAFE_FILES: &[&str] = &[
     "backend-fs/vring/src/sigbus.rs",
     "backend-fs/src/host/sys.rs",
     "backend-fs/src/sandbox/",
+    "backend-fs/tests/daemon_sandbox/",
     "hugepages/src/sys.rs",
     "tests/e2e/src/sys.rs",
     "tests/virtio-driver/src/memory.rs",
