@@ -28,6 +28,9 @@ pub const CALLS: &[Call] = &[
     Call::any(libc::SYS_epoll_create1, "a worker's set of kicks"),
     Call::any(libc::SYS_epoll_ctl, "queues of a worker come and go"),
     Call::any(libc::SYS_epoll_pwait, "a worker waits for kicks"),
+    Call::any(libc::SYS_epoll_pwait2, "as epoll_pwait, for times that are no whole milliseconds"),
     Call::any(libc::SYS_eventfd2, "waking a worker; memory that was lost"),
+    Call::any(libc::SYS_openat, "schedstat of a worker, where /proc can be seen"),
+    Call::any(libc::SYS_pread64, "how long a worker waited for a processor"),
     Call::with(libc::SYS_unshare, 0, libc::CLONE_FS as u32, "umask and working directory of a worker's own"),
 ];

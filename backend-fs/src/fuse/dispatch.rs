@@ -257,7 +257,9 @@ fn run<F: FileSystem>(
         Request::Setlk { wait, .. } => Some(wait),
         _ => None,
     };
-    let groups = extensions.groups.map(Groups::ids);
+    // Linux leaves the extension out when none of the caller's groups matters (fs/fuse/dir.c,
+    // get_create_supp_group): once negotiated, its absence says "none", not "unknown".
+    let groups = layout.extensions.groups.then(|| extensions.groups.map(Groups::ids).unwrap_or_default());
     let cx = Context {
         uid: header.uid,
         gid: header.gid,

@@ -126,7 +126,8 @@ fn one_dpu_after_the_other_is_served_by_the_same_process() {
     }
     export.daemon.expect_running().unwrap();
     assert_eq!(export.daemon.pid(), pid);
-    export.daemon.terminate(Signal::TERM, Duration::from_secs(1)).unwrap();
+    let ended = export.daemon.terminate(Signal::TERM, Duration::from_secs(1));
+    assert!(ended.is_ok_and(|status| status.success()), "{}", export.daemon.stderr());
 }
 
 #[test]
@@ -140,23 +141,26 @@ fn sigterm_in_the_middle_of_work_ends_it_within_a_second() {
         let (node, handle) = (created.entry.nodeid, created.open.fh);
         let worker = std::thread::spawn(move || {
             let data = vec![7; 128 << 10];
-            let mut writes = 0u64;
-            while session.client().write(node, handle, (writes % 64) * (128 << 10), &data).is_ok() {
-                writes += 1;
+            let mut writes = 0;
+            loop {
+                match session.client().write(node, handle, (writes % 64) * (128 << 10), &data) {
+                    Ok(_) => writes += 1,
+                    Err(error) => return (writes, error),
+                }
             }
-            writes
         });
         let busy = export.shared.path().join("busy");
         let deadline = Instant::now() + Duration::from_secs(10);
         // wait-loop: the work shows on the host
         while std::fs::metadata(&busy).unwrap().len() < 8 << 20 {
-            assert!(Instant::now() < deadline, "no work was done");
+            assert!(Instant::now() < deadline && !worker.is_finished(), "no work was done");
             std::thread::sleep(Duration::from_millis(1));
         }
         let begin = Instant::now();
         let status = export.daemon.terminate(Signal::TERM, Duration::from_secs(5)).unwrap();
         assert!(begin.elapsed() < Duration::from_secs(1), "{sandbox}: {:?}", begin.elapsed());
         assert_eq!(status.code(), Some(0), "{sandbox}: {}", export.daemon.stderr());
-        assert!(worker.join().unwrap() > 0);
+        let (writes, error) = worker.join().unwrap();
+        assert!(error.errno().is_none(), "after {writes} writes one was refused: {error}");
     }
 }
