@@ -255,9 +255,9 @@ impl<F: FileSystem + 'static> Service<F> {
     fn run(mut self) {
         while !self.quit {
             if self.mailbox.is_pending() {
+                // It may say that this was the last round.
                 self.read_mail();
-            }
-            if !self.serve_round() {
+            } else if !self.serve_round() {
                 self.idle();
             }
         }
