@@ -6,6 +6,7 @@
 //! When an option is repeated, the last one counts; the maps and `-o` add up.
 #![forbid(unsafe_code)]
 
+mod generate;
 pub mod invocation;
 mod legacy;
 pub mod values;
@@ -306,9 +307,7 @@ pub struct Args {
     ///
     /// Handles need no descriptors however many files the DPU knows, and leave nothing open behind
     /// its back (no "silly renames" on NFS). They need CAP_DAC_READ_SEARCH.
-    #[arg(
-        long, value_name = "WHEN", value_enum, default_value_t, require_equals = true, help_heading = RESOURCES
-    )]
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t, help_heading = RESOURCES)]
     pub inode_file_handles: FileHandles,
 
     /// Request queues offered to the front end, 1 to 16
@@ -337,7 +336,10 @@ pub struct Args {
     )]
     pub poll_us: u32,
 
-    /// Threads beside the queue workers that run requests; 0: none
+    /// Threads for requests that wait for the host's disks; 0: four
+    ///
+    /// They are started when a request would hold up its queue, and end when there is no more work for
+    /// them. Locks that are waited for have threads of their own.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = RESOURCES)]
     pub thread_pool_size: usize,
 
@@ -353,7 +355,7 @@ pub struct Args {
 
     /// Inodes the DPU may hold references to at a time
     ///
-    /// Bounds the daemon's memory, about 200 bytes each. Beyond it, a look-up fails on the DPU with ENFILE.
+    /// Bounds the daemon's memory. Beyond it, a look-up fails on the DPU with ENOMEM.
     #[arg(
         long, value_name = "N", default_value_t = 16 << 20, value_parser = values::budget,
         help_heading = RESOURCES

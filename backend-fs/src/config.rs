@@ -30,7 +30,7 @@ use crate::host::idmap::{self, IdMap};
 use crate::host::options::{CachePolicy, FileHandles, HostOptions, Offer};
 use crate::limits;
 use crate::logging::LogOptions;
-use crate::sandbox::options::{CapChanges, NamespaceMap, SandboxMode, SandboxOptions};
+use crate::sandbox::options::{NamespaceMap, SandboxMode, SandboxOptions};
 use error::reason;
 
 /// Everything the daemon runs with.
@@ -42,12 +42,9 @@ pub struct Config {
     pub listen: ListenOptions,
     /// The device.
     pub device: DeviceOptions,
-    /// How the export behaves. Its `fd_budget` is `--fd-budget`, or else what the present limit of
-    /// open files leaves; the daemon replaces the latter after [`limits::apply`], see
-    /// [`Config::fd_budget`].
+    /// How the export behaves. Its `fd_budget` is `--fd-budget`, or `usize::MAX`; to be lowered to
+    /// [`Config::fd_budget`] once the limit of open files is set.
     pub host: HostOptions,
-    /// `--fd-budget`.
-    pub fd_budget_request: Option<usize>,
     /// Isolation.
     pub sandbox: SandboxOptions,
     /// Logging.
@@ -57,12 +54,40 @@ pub struct Config {
 }
 
 impl Config {
-    /// The DPU's budget of descriptors under the limit of open files that [`limits::apply`] set.
-    /// `--fd-budget` can only lower it.
+    /// Checks a command line; `root`: the daemon runs as root, so that it can `chroot(2)`, and needs
+    /// no user namespace.
+    pub fn for_user(args: Args, root: bool) -> Result<Self, Error> {
+        // The command line by itself first, so that its mistakes (exit 2) come before this host's (exit 1).
+        let shared_dir = args.shared_dir.clone().ok_or(Error::NoSharedDir)?;
+        if args.fd.is_none() && args.socket_path.is_none() && args.socket.is_none() {
+            return Err(Error::NoEndpoint);
+        }
+        let mut warnings = warnings(&args);
+        migration(&args, &mut warnings)?;
+        let device = device(&args)?;
+        let host = host(&args)?;
+        let sandbox = sandbox(&args, root)?;
+        check_rlimit(sandbox.rlimit_nofile, &device)?;
+        let log = LogOptions { level: args.log_level, syslog: args.syslog };
+
+        let shared_dir = SharedDir::new(shared_dir)?;
+        let listen = listen(&args)?;
+        Ok(Config { shared_dir, listen, device, host, sandbox, log, warnings })
+    }
+
+    /// The DPU's budget of descriptors under `limit`, the limit of open files that
+    /// [`limits::apply`] set: what that leaves, or less with `--fd-budget`.
     pub fn fd_budget(&self, limit: u64) -> Result<usize, limits::Error> {
         let reserve = limits::reserve(self.device.request_queues, self.device.pool_size);
-        let available = limits::budget(limit, reserve)?;
-        Ok(self.fd_budget_request.map_or(available, |request| request.min(available)))
+        Ok(self.host.fd_budget.min(limits::budget(limit, reserve)?))
+    }
+
+    /// The descriptor that the caller handed over with `--fd`; any other inherited one is a leak.
+    pub fn inherited_fd(&self) -> Option<RawFd> {
+        match self.listen.endpoint {
+            Endpoint::Fd(fd) => Some(fd),
+            Endpoint::Path(_) => None,
+        }
     }
 }
 
@@ -89,36 +114,9 @@ impl SharedDir {
 impl TryFrom<Args> for Config {
     type Error = Error;
 
+    /// For the user this process runs as.
     fn try_from(args: Args) -> Result<Self, Error> {
-        // The command line by itself first, so that its mistakes (exit 2) come before this host's (exit 1).
-        let shared_dir = args.shared_dir.clone().ok_or(Error::NoSharedDir)?;
-        if args.fd.is_none() && args.socket_path.is_none() && args.socket.is_none() {
-            return Err(Error::NoEndpoint);
-        }
-        let mut warnings = warnings(&args);
-        migration(&args, &mut warnings)?;
-        let device = device(&args)?;
-        let mut host = host(&args)?;
-        let sandbox = sandbox(&args, rustix::process::geteuid().is_root())?;
-        check_rlimit(sandbox.rlimit_nofile, &device)?;
-        let log = LogOptions { level: args.log_level, syslog: args.syslog };
-
-        let shared_dir = SharedDir::new(shared_dir)?;
-        let listen = listen(&args)?;
-        let present = limits::current().soft;
-        let reserve = limits::reserve(device.request_queues, device.pool_size);
-        let available = limits::budget(present, reserve).unwrap_or(0);
-        host.fd_budget = args.fd_budget.unwrap_or(available);
-        Ok(Config {
-            shared_dir,
-            listen,
-            device,
-            host,
-            fd_budget_request: args.fd_budget,
-            sandbox,
-            log,
-            warnings,
-        })
+        Config::for_user(args, rustix::process::geteuid().is_root())
     }
 }
 
@@ -186,7 +184,6 @@ fn device(args: &Args) -> Result<DeviceOptions, Error> {
     })
 }
 
-/// The options of the export; `fd_budget` is filled in later.
 fn host(args: &Args) -> Result<HostOptions, Error> {
     if args.posix_acl != Offer::Never {
         for (rules, option) in
@@ -223,6 +220,7 @@ fn host(args: &Args) -> Result<HostOptions, Error> {
         host_locks: !args.no_host_locks,
         uid_map: id_map("translate-uid", &args.translate_uid)?,
         gid_map: id_map("translate-gid", &args.translate_gid)?,
+        fd_budget: args.fd_budget.unwrap_or(usize::MAX),
         max_inodes: args.max_inodes,
         ..defaults
     })
@@ -250,22 +248,19 @@ fn sandbox(args: &Args, root: bool) -> Result<SandboxOptions, Error> {
     Ok(SandboxOptions {
         mode: args.sandbox,
         seccomp: args.seccomp,
-        modcaps: args.modcaps.clone().unwrap_or_else(CapChanges::default),
+        modcaps: args.modcaps.clone().unwrap_or_default(),
         uid_map: args.uid_map.clone(),
         gid_map: args.gid_map.clone(),
         rlimit_nofile: args.rlimit_nofile,
     })
 }
 
-/// A limit that was named must leave something for the DPU.
+/// A limit that was named must be possible, and leave something for the DPU.
 fn check_rlimit(request: Option<u64>, device: &DeviceOptions) -> Result<(), Error> {
-    let reserve = limits::reserve(device.request_queues, device.pool_size);
-    match request {
-        Some(limit) if limit > 0 && limits::budget(limit, reserve).is_err() => {
-            Err(Error::RlimitTooSmall { limit, reserve, least: reserve + limits::SMALL_BUDGET })
-        }
-        _ => Ok(()),
-    }
+    let Some(limit) = request.filter(|&limit| limit > 0) else { return Ok(()) };
+    limits::budget(limit, limits::reserve(device.request_queues, device.pool_size))
+        .map_err(Error::RlimitTooSmall)?;
+    limits::plan(request, limits::current()).map(drop).map_err(Error::RlimitTooLarge)
 }
 
 fn listen(args: &Args) -> Result<ListenOptions, Error> {
@@ -321,3 +316,6 @@ fn lookup(option: &'static str, name: &str, found: nix::Result<Option<u32>>) -> 
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

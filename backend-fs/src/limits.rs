@@ -19,7 +19,7 @@ const MEMORY_SLOTS: u64 = 509;
 /// Descriptors kept back for everything else: rings, sockets, the sandbox's own.
 const INTERNAL: u64 = 100;
 
-/// Descriptors below which a budget is of no practical use; virtiofsd warns below it, too.
+/// Descriptors below which a budget is of little practical use; virtiofsd warns below it, too.
 pub const SMALL_BUDGET: u64 = 128;
 
 /// Why the limit could not be set.
@@ -47,7 +47,11 @@ pub enum Error {
         errno: Errno,
     },
     /// Nothing is left for the DPU.
-    #[error("the limit of open files is {limit}, but the daemon itself needs {reserve}; raise the limit")]
+    #[error(
+        "the limit of open files is {limit}, and the daemon itself needs {reserve}; allow at least {least} \
+         with --rlimit-nofile or in the service that starts the daemon",
+        least = reserve + SMALL_BUDGET
+    )]
     TooSmall {
         /// The limit in force.
         limit: u64,
@@ -135,7 +139,7 @@ pub fn apply(request: Option<u64>) -> Result<u64, Error> {
             }
             match set(current.hard, current.hard) {
                 Ok(()) => {
-                    tracing::info!(
+                    tracing::debug!(
                         "limit of open files: {} (the hard limit; {wanted} is not permitted)",
                         current.hard
                     );
@@ -183,5 +187,10 @@ mod tests {
         assert_eq!(budget(1024, reserve), Ok(399));
         assert_eq!(budget(625, reserve), Err(Error::TooSmall { limit: 625, reserve }));
         assert_eq!(budget(0, reserve), Err(Error::TooSmall { limit: 0, reserve }));
+        assert_eq!(
+            Error::TooSmall { limit: 256, reserve }.to_string(),
+            "the limit of open files is 256, and the daemon itself needs 625; allow at least 753 \
+             with --rlimit-nofile or in the service that starts the daemon"
+        );
     }
 }

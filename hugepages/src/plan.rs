@@ -435,7 +435,7 @@ mod tests {
         fn a_plan_carried_out_leaves_nothing_to_do(t in any_topology(), r in any_request()) {
             prop_assume!(r.goal != Goal::Add);
             let Ok(p) = plan(&r, &t) else { return Ok(()) };
-            let mut after = t.clone();
+            let mut after = t;
             for s in &p.shares {
                 let n = after.nodes.iter_mut().find(|n| n.id == s.node).unwrap();
                 n.total += s.add;

@@ -3,11 +3,10 @@
 
 use std::ffi::OsString;
 
+use clap::Parser;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser};
 
-use super::values::Generate;
-use super::{Args, legacy};
+use super::{Args, generate, legacy};
 use crate::capabilities_json;
 use crate::config::{self, Config};
 
@@ -41,7 +40,7 @@ pub fn invocation(argv: Vec<OsString>) -> Result<Invocation, Refusal> {
         Err(Stop::Usage(message)) => return Err(Refusal { message, exit_code: 2 }),
     };
     if let Some(what) = args.generate {
-        return Ok(Invocation::Print(generate(what)));
+        return Ok(Invocation::Print(generate::text(what)));
     }
     match Config::try_from(args) {
         Ok(config) => Ok(Invocation::Serve(Box::new(config))),
@@ -57,14 +56,17 @@ fn refusal(error: &config::Error) -> Refusal {
     Refusal { message, exit_code: error.exit_code() }
 }
 
-enum Stop {
-    /// Help or version.
+/// Why there is nothing to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Help or the version was asked for; this is it.
     Print(String),
-    /// One line.
+    /// The command line is wrong; one line.
     Usage(String),
 }
 
-fn parse(mut argv: Vec<OsString>) -> Result<Args, Stop> {
+/// Parses a command line, legacy options included. `argv` begins with the program's name.
+pub fn parse(mut argv: Vec<OsString>) -> Result<Args, Stop> {
     let args = Args::try_parse_from(&argv).map_err(stop)?;
     let options = legacy::modern(&args.legacy_options, args.legacy_debug)
         .map_err(|error| Stop::Usage(error.to_string()))?;
@@ -95,23 +97,4 @@ fn one_line(rendered: &str) -> String {
     let mut line = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
     line.push_str(" (try --help)");
     line
-}
-
-fn generate(what: Generate) -> Vec<u8> {
-    let mut command = Args::command();
-    let mut text = Vec::new();
-    match what {
-        Generate::Man => {
-            // Writing to memory cannot fail.
-            let _ = clap_mangen::Man::new(command).render(&mut text);
-        }
-        Generate::Bash => complete(clap_complete::Shell::Bash, &mut command, &mut text),
-        Generate::Zsh => complete(clap_complete::Shell::Zsh, &mut command, &mut text),
-        Generate::Fish => complete(clap_complete::Shell::Fish, &mut command, &mut text),
-    }
-    text
-}
-
-fn complete(shell: clap_complete::Shell, command: &mut clap::Command, text: &mut Vec<u8>) {
-    clap_complete::generate(shell, command, "backend-fs", text);
 }

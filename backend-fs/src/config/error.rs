@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::host::idmap;
+use crate::limits;
 
 /// Why the daemon does not start. Nothing has been changed anywhere when one of these comes up.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -41,15 +42,11 @@ pub enum Error {
     )]
     HandlesWithoutCapability,
     /// The limit leaves nothing for the DPU.
-    #[error("--rlimit-nofile {limit}: the daemon itself needs {reserve} descriptors; give at least {least}")]
-    RlimitTooSmall {
-        /// The limit asked for.
-        limit: u64,
-        /// What the daemon keeps for itself.
-        reserve: u64,
-        /// Smallest useful limit.
-        least: u64,
-    },
+    #[error("--rlimit-nofile: {0}")]
+    RlimitTooSmall(limits::Error),
+    /// The limit is more than this kernel allows.
+    #[error(transparent)]
+    RlimitTooLarge(limits::Error),
     /// A user namespace map where none is made.
     #[error(
         "--{0} needs --sandbox=namespace and a daemon that does not run as root; for root use --translate-{1}"
@@ -111,7 +108,7 @@ impl Error {
             | Error::MigrationWithFileHandles(_)
             | Error::QueueSize(_)
             | Error::HandlesWithoutCapability
-            | Error::RlimitTooSmall { .. }
+            | Error::RlimitTooSmall(_)
             | Error::NamespaceMap(..)
             | Error::SocketPathHasNoName(_)
             | Error::SocketNameTooLong(_) => 2,
@@ -123,6 +120,7 @@ impl Error {
             | Error::NoSuchUser(_)
             | Error::NoSuchGroup(_)
             | Error::Lookup { .. }
+            | Error::RlimitTooLarge(_)
             | Error::ChrootNeedsRoot => 1,
         }
     }

@@ -118,8 +118,8 @@ impl IdMap {
     /// Builds the translation. Fails when two rules translate the same id in the same direction.
     pub fn new(rules: &[Rule]) -> Result<Self, OverlapError> {
         Ok(Self {
-            to_host: direction(rules, Rule::to_host, "a DPU id")?,
-            to_dpu: direction(rules, Rule::to_dpu, "a host id")?,
+            to_host: direction(rules, Rule::on_dpu_ids, "a DPU id")?,
+            to_dpu: direction(rules, Rule::on_host_ids, "a host id")?,
         })
     }
 
@@ -174,7 +174,7 @@ fn direction(
 }
 
 impl Rule {
-    fn to_host(&self) -> Option<Interval> {
+    fn on_dpu_ids(&self) -> Option<Interval> {
         match *self {
             Rule::Dpu(range) | Rule::Both(range) => range.interval(Target::From(range.to)),
             Rule::SquashDpu(range) => range.interval(Target::One(range.to)),
@@ -183,7 +183,7 @@ impl Rule {
         }
     }
 
-    fn to_dpu(&self) -> Option<Interval> {
+    fn on_host_ids(&self) -> Option<Interval> {
         match *self {
             Rule::Host(range) => range.interval(Target::From(range.to)),
             Rule::Both(Range { from, to, count }) => {

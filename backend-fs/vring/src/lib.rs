@@ -4,6 +4,7 @@
 //! | module | job |
 //! |---|---|
 //! | [`message`] | vhost-user bytes to requests and back; pure |
+//! | `connection` | the front end's socket: whole messages, file descriptors, waits that can be ended |
 //! | [`session`] | one front end: negotiation, ring and memory set-up, start and stop of queues |
 //! | [`memory`] | the DPU memory the front end shared; address translation, dirty log |
 //! | [`sigbus`] | a front end that takes shared memory away again does not kill the daemon |
@@ -15,7 +16,10 @@
 //! FUSE or vsock.
 
 pub mod chain;
+mod connection;
 pub mod memory;
 pub mod message;
+pub mod poll;
 pub mod ring;
+pub mod session;
 pub mod sigbus;

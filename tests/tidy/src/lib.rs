@@ -129,5 +129,9 @@ fn read_manifest(path: &Path) -> io::Result<toml::Table> {
 }
 
 fn dependency_names(manifest: &toml::Table, section: &str) -> Vec<String> {
-    manifest.get(section).and_then(toml::Value::as_table).map(|table| table.keys().cloned().collect()).unwrap_or_default()
+    manifest
+        .get(section)
+        .and_then(toml::Value::as_table)
+        .map(|table| table.keys().cloned().collect())
+        .unwrap_or_default()
 }

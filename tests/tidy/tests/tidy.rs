@@ -15,7 +15,9 @@ const UNSAFE_FILES: &[&str] = &[
     "backend-fs/vring/src/sigbus.rs",
     "backend-fs/src/host/sys.rs",
     "backend-fs/src/sandbox/",
+    "backend-fs/tests/daemon_sandbox/",
     "hugepages/src/sys.rs",
+    "tests/e2e/src/sys.rs",
     "tests/virtio-driver/src/memory.rs",
     "tests/virtio-driver/src/ring.rs",
     "tests/virtio-driver/src/sys.rs",
@@ -31,9 +33,6 @@ const PURE_FILES: &[&str] = &[
     "backend-fs/vring/src/poll.rs",
     "hugepages/src/plan.rs",
 ];
-
-/// The one place per test crate that may sleep: the loop that waits for a condition with a deadline.
-const WAITING_FILES: &[&str] = &[];
 
 fn check(rule: &str, broken: Vec<String>) {
     assert!(broken.is_empty(), "{rule}\n  {}", broken.join("\n  "));
@@ -83,7 +82,10 @@ fn unsafe_stays_in_the_named_files() {
             let places: Vec<_> = source
                 .code_lines()
                 .filter(|(_, line)| {
-                    line.contains("unsafe {") || line.contains("unsafe impl") || line.contains("unsafe fn") || line.contains("unsafe extern")
+                    line.contains("unsafe {")
+                        || line.contains("unsafe impl")
+                        || line.contains("unsafe fn")
+                        || line.contains("unsafe extern")
                 })
                 .filter(|_| source.path != "tests/tidy/tests/tidy.rs")
                 .map(|(number, _)| format!("{}:{number}", source.path))
@@ -100,7 +102,9 @@ fn pure_files_forbid_unsafe() {
     let broken = PURE_FILES
         .iter()
         .filter(|path| {
-            !sources.iter().any(|source| source.path == **path && source.text.contains("#![forbid(unsafe_code)]"))
+            !sources
+                .iter()
+                .any(|source| source.path == **path && source.text.contains("#![forbid(unsafe_code)]"))
         })
         .map(|path| (*path).to_owned())
         .collect();
@@ -111,20 +115,27 @@ fn pure_files_forbid_unsafe() {
 fn nothing_sleeps_for_luck() {
     let broken = all_sources()
         .into_iter()
-        .filter(|source| !WAITING_FILES.contains(&source.path.as_str()) && source.path != "tests/tidy/tests/tidy.rs")
+        .filter(|source| source.path != "tests/tidy/tests/tidy.rs")
         .flat_map(|source| {
             let lines: Vec<&str> = source.text.lines().collect();
             let places: Vec<_> = source
                 .code_lines()
-                .filter(|(_, line)| line.contains("thread::sleep(") || line.trim_start().starts_with("sleep("))
+                .filter(|(_, line)| {
+                    line.contains("thread::sleep(") || line.trim_start().starts_with("sleep(")
+                })
                 // A sleep is legal only inside a loop that watches a deadline, and says so.
-                .filter(|(number, _)| !lines[number.saturating_sub(4)..*number].iter().any(|line| line.contains("wait-loop:")))
+                .filter(|(number, _)| {
+                    !lines[number.saturating_sub(4)..*number].iter().any(|line| line.contains("wait-loop:"))
+                })
                 .map(|(number, _)| format!("{}:{number}", source.path))
                 .collect();
             places
         })
         .collect();
-    check("wait for a condition with a deadline (mark the loop `// wait-loop: <condition>`), never sleep for luck", broken);
+    check(
+        "wait for a condition with a deadline (mark the loop `// wait-loop: <condition>`), never sleep for luck",
+        broken,
+    );
 }
 
 #[test]
@@ -159,11 +170,8 @@ fn no_grab_bag_modules() {
 }
 
 /// `docs/architecture.md`: who may depend on whom among the workspace's own crates.
-const ARROWS: &[(&str, &[&str])] = &[
-    ("vring", &[]),
-    ("hugepages", &[]),
-    ("backend-fs", &["vring", "hugepages"]),
-];
+const ARROWS: &[(&str, &[&str])] =
+    &[("vring", &[]), ("hugepages", &[]), ("backend-fs", &["vring", "hugepages"])];
 
 #[test]
 fn dependencies_follow_the_arrows() {

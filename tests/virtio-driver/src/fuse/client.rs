@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::abi::{BatchForgetIn, ForgetIn, ForgetOne, InHeader, InitOut, Opcode};
+use super::abi::{BatchForgetIn, ForgetIn, ForgetOne, InHeader, InitOut, Opcode, init};
 use super::request::{Call, Request};
 use super::{FuseError, FuseResult};
-use crate::memory::DpuMemory;
+use crate::memory::{DpuMemory, PAGE, Region};
 use crate::ring::{Ring, Used};
 use crate::{Error, Result};
 use zerocopy::{FromBytes, IntoBytes};
@@ -152,6 +152,11 @@ impl Client {
         self.init = init;
     }
 
+    pub(super) fn replace_ring(&mut self, ring: Ring) {
+        self.outstanding.iter_mut().for_each(|slot| *slot = None);
+        self.ring = ring;
+    }
+
     /// What INIT was answered with.
     pub fn init(&self) -> &InitOut {
         &self.init
@@ -170,6 +175,13 @@ impl Client {
     /// On whose behalf requests are sent.
     pub fn caller(&self) -> Caller {
         self.caller
+    }
+
+    /// Largest payload of one request, as Linux computes it from INIT and ring size (`FUSE_HEADER_OVERHEAD` is 4).
+    pub fn max_payload(&self) -> usize {
+        let pages = if self.init_flags() & init::MAX_PAGES != 0 { self.init.max_pages } else { 32 };
+        let pages = pages.clamp(1, 256).min(self.ring.config().size - 4);
+        (usize::from(pages) * PAGE).min((self.init.max_write as usize).max(PAGE))
     }
 
     /// Longest wait for one reply.
@@ -200,9 +212,20 @@ impl Client {
     /// Lays out a call in DPU memory with this client's caller, ready for the ring.
     pub fn prepare(&self, call: &Call<'_>) -> Result<Request> {
         let request = Request::new(&self.memory, call, self.indirect)?;
+        self.sign(&request);
+        Ok(request)
+    }
+
+    /// Like [`Client::prepare`] with the payload's pages in one given region.
+    pub fn prepare_in(&self, region: &Arc<Region>, call: &Call<'_>) -> Result<Request> {
+        let request = Request::with_pages_in(&self.memory, region, call, self.indirect)?;
+        self.sign(&request);
+        Ok(request)
+    }
+
+    fn sign(&self, request: &Request) {
         let Caller { uid, gid, pid } = self.caller;
         request.set_header(InHeader { uid, gid, pid, ..request.header() });
-        Ok(request)
     }
 
     /// Sends a call and returns at once.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::abi::{InHeader, Opcode, OutHeader};
-use crate::memory::{DpuBuffer, DpuMemory, PAGE};
+use crate::memory::{DpuBuffer, DpuMemory, PAGE, Region};
 use crate::ring::{Chain, Descriptor};
 use crate::{Error, Result};
 
@@ -104,6 +104,25 @@ pub struct Request {
 impl Request {
     /// Lays out a call. `indirect` puts the chain into a table of its own, as Linux does when it may.
     pub fn new(memory: &Arc<DpuMemory>, call: &Call<'_>, indirect: bool) -> Result<Self> {
+        Self::with_pages_from(memory, call, indirect, || memory.allocate(PAGE))
+    }
+
+    /// Lays out a call whose payload pages lie in one given region.
+    pub fn with_pages_in(
+        memory: &Arc<DpuMemory>,
+        region: &Arc<Region>,
+        call: &Call<'_>,
+        indirect: bool,
+    ) -> Result<Self> {
+        Self::with_pages_from(memory, call, indirect, || memory.allocate_in(region, PAGE))
+    }
+
+    fn with_pages_from(
+        memory: &Arc<DpuMemory>,
+        call: &Call<'_>,
+        indirect: bool,
+        page: impl Fn() -> Result<DpuBuffer>,
+    ) -> Result<Self> {
         let args: usize = call.args.iter().map(|arg| arg.len()).sum();
         let headers = memory.allocate(HEADERS)?;
         let joined = match args + call.results {
@@ -122,9 +141,7 @@ impl Request {
             Payload::ToDevice(bytes) => (bytes.len(), 0),
             Payload::FromDevice(len) => (0, len),
         };
-        let pages = (0..(outgoing + incoming).div_ceil(PAGE))
-            .map(|_| memory.allocate(PAGE))
-            .collect::<Result<Vec<_>>>()?;
+        let pages = (0..(outgoing + incoming).div_ceil(PAGE)).map(|_| page()).collect::<Result<Vec<_>>>()?;
         if let Payload::ToDevice(bytes) = call.payload {
             for (page, bytes) in pages.iter().zip(bytes.chunks(PAGE)) {
                 page.write(0, bytes);

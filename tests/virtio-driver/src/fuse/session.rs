@@ -154,6 +154,17 @@ impl Session {
         Ok(answer)
     }
 
+    /// Stops request queue `index` (from 0), throws its ring away and starts a fresh one, as a DPU's driver does to
+    /// get out of a broken ring. Requests that were outstanding there are lost.
+    pub fn restart_queue(&mut self, index: usize) -> FuseResult<()> {
+        let number = (FIRST_REQUEST_RING + index) as u32;
+        self.device.frontend().get_vring_base(number)?;
+        let ring = self.device.new_ring()?;
+        self.device.frontend().start_ring(number, &ring)?;
+        self.clients[index].replace_ring(ring);
+        Ok(())
+    }
+
     /// The client of the first request queue.
     pub fn client(&mut self) -> &mut Client {
         &mut self.clients[0]

@@ -1,1 +1,0 @@
-//! A full round of file operations with checked results.
