@@ -257,7 +257,8 @@ impl<F: FileSystem + 'static> Service<F> {
             if self.mailbox.is_pending() {
                 self.read_mail();
             }
-            if !self.serve_round() {
+            // Nothing wakes a worker again that was told to end.
+            if !self.serve_round() && !self.quit {
                 self.idle();
             }
         }
