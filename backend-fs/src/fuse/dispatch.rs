@@ -258,8 +258,9 @@ fn run<F: FileSystem>(
         _ => None,
     };
     // Linux leaves the extension out when none of the caller's groups matters (fs/fuse/dir.c,
-    // get_create_supp_group): once negotiated, its absence says "none", not "unknown".
-    let groups = layout.extensions.groups.then(|| extensions.groups.map(Groups::ids).unwrap_or_default());
+    // get_create_supp_group): where it could have come, its absence says "none", not "unknown".
+    let known = layout.extensions.groups && opcode.makes_inode();
+    let groups = known.then(|| extensions.groups.map(Groups::ids).unwrap_or_default());
     let cx = Context {
         uid: header.uid,
         gid: header.gid,
