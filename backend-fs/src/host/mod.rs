@@ -51,7 +51,7 @@ use arc_swap::Guard;
 use rustix::io::Errno;
 use vring::chain::Slices;
 
-pub use self::sys::SYSCALLS;
+pub use self::sys::CALLS;
 
 use self::fd_budget::FdBudget;
 use self::handle::Handle;
