@@ -16,9 +16,9 @@ use rustix::io::Errno;
 
 use crate::support::*;
 
-const READ: i32 = libc::F_RDLCK as i32;
-const WRITE: i32 = libc::F_WRLCK as i32;
-const UNLOCK: i32 = libc::F_UNLCK as i32;
+const READ: i32 = libc::F_RDLCK;
+const WRITE: i32 = libc::F_WRLCK;
+const UNLOCK: i32 = libc::F_UNLCK;
 const LAST_BYTE: u64 = i64::MAX as u64;
 
 /// A DPU with one file open.

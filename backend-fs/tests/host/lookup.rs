@@ -16,7 +16,7 @@ fn entry_shows_what_the_host_shows() {
     let host = path.metadata().unwrap();
     let attr = export.lookup("file").unwrap().attr;
     assert_eq!((attr.ino, attr.size, attr.mode, attr.nlink), (host.ino(), 7, host.mode(), 1));
-    assert_eq!((attr.mtime as i64, attr.mtimensec as i64), (host.mtime(), host.mtime_nsec()));
+    assert_eq!((attr.mtime as i64, i64::from(attr.mtimensec)), (host.mtime(), host.mtime_nsec()));
     assert_eq!((attr.ctime as i64, attr.blocks, attr.uid), (host.ctime(), host.blocks(), host.uid()));
 }
 
