@@ -579,6 +579,3 @@ impl RunDelay {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;
