@@ -462,7 +462,7 @@ impl<F: FileSystem + 'static> Service<F> {
             }
         };
         if self.has_work() {
-            self.poll.work(now.saturating_sub(since));
+            self.poll.work(since, now);
         }
     }
 
@@ -579,6 +579,3 @@ impl RunDelay {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;
