@@ -22,6 +22,7 @@ pub const ALL: &[Case] = cases![
     symbolic_links_end_inside,
     path_descriptors_can_be_reopened_in_every_mode,
     readonly_export_is_readonly_in_the_kernel,
+    device_nodes_mean_nothing_in_a_namespace,
     root_and_proc_can_be_exported,
     later_mounts_of_the_host_appear,
     only_known_descriptors_are_open,
@@ -164,6 +165,22 @@ fn readonly_export_is_readonly_in_the_kernel() {
     assert_eq!(std::fs::read(place.path("export/new")).unwrap(), b"x");
     let nobody = place.probe("namespace", "none").as_nobody().args(&["--readonly", "write", "other"]);
     assert_eq!(nobody.run().good(), format!("errno {}", libc::EROFS));
+}
+
+/// Not even `/dev/null`; in the other modes a server that opened nodes would reach the device.
+fn device_nodes_mean_nothing_in_a_namespace() {
+    let place = Place::new();
+    let null = rustix::fs::makedev(1, 3);
+    let kind = rustix::fs::FileType::CharacterDevice;
+    let mode = rustix::fs::Mode::from_raw_mode(0o666);
+    rustix::fs::mknodat(rustix::fs::CWD, place.path("export/null"), kind, mode, null).unwrap();
+    let reach = |mode| place.probe(mode, "none").args(&["reach", "null"]).run().good();
+    assert!(
+        reach("namespace").contains(&format!("root null errno {}", libc::EACCES)),
+        "{}",
+        reach("namespace")
+    );
+    assert!(reach("chroot").contains("root null inode "), "{}", reach("chroot"));
 }
 
 fn root_and_proc_can_be_exported() {
