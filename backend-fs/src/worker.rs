@@ -255,10 +255,9 @@ impl<F: FileSystem + 'static> Service<F> {
     fn run(mut self) {
         while !self.quit {
             if self.mailbox.is_pending() {
+                // It may say that this was the last round.
                 self.read_mail();
-            }
-            // Nothing wakes a worker again that was told to end.
-            if !self.serve_round() && !self.quit {
+            } else if !self.serve_round() {
                 self.idle();
             }
         }

@@ -48,6 +48,7 @@ pub fn run(config: Config, link: Server, socket: Socket, signals: SignalFd) -> R
     log_panics();
     // The auxiliary vector is read when it is first needed, by means that are out of reach later.
     let _ = rustix::param::page_size();
+    let _ = device::processors();
     let export = config.shared_dir.as_path();
     let confinement = Confinement {
         options: &config.sandbox,
