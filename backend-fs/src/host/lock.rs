@@ -352,7 +352,8 @@ impl Locks {
             match sleep() {
                 // Some other signal.
                 Err(Errno::INTR)
-                    if self.epoch() == epoch && self.interruptions.load(Ordering::SeqCst) == interruption => {}
+                    if self.epoch() == epoch && self.interruptions.load(Ordering::SeqCst) == interruption => {
+                }
                 result => break result,
             }
         };
