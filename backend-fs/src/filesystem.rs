@@ -237,6 +237,20 @@ pub trait FileSystem: Send + Sync {
         kill_suidgid: bool,
         cached: bool,
     ) -> Result<usize>;
+    /// A write through a file that has `O_APPEND` set now (`fuse_write_in.flags`) and that is not a
+    /// page written back: the bytes go to the end of the host's file, wherever that is, in one step.
+    /// `offset` is where the DPU believes that to be.
+    fn append(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        offset: u64,
+        from: Slices,
+        kill_suidgid: bool,
+    ) -> Result<usize> {
+        self.write(cx, node, handle, offset, from, kill_suidgid, false)
+    }
     fn flush(&self, cx: &Context, node: NodeId, handle: HandleId, lock_owner: u64) -> Result<()>;
     fn release(&self, cx: &Context, node: NodeId, release: Release) -> Result<()>;
     fn fsync(&self, cx: &Context, node: NodeId, handle: HandleId, data_only: bool) -> Result<()>;

@@ -205,7 +205,7 @@ impl Worker {
 struct Slot {
     queue: u16,
     /// `None` while the session has it.
-    ring: Option<Ring>,
+    ring: Option<Box<Ring>>,
     /// The DPU was asked to kick and has not done so.
     armed: bool,
     /// Came back while the ring was away.
@@ -255,9 +255,9 @@ impl<F: FileSystem + 'static> Service<F> {
     fn run(mut self) {
         while !self.quit {
             if self.mailbox.is_pending() {
+                // It may say that this was the last round.
                 self.read_mail();
-            }
-            if !self.serve_round() {
+            } else if !self.serve_round() {
                 self.idle();
             }
         }
@@ -365,7 +365,7 @@ impl<F: FileSystem + 'static> Service<F> {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Start(ring) => self.take_ring(*ring),
+            Command::Start(ring) => self.take_ring(ring),
             Command::Pause(queue, reply) => {
                 let ring = self.place(queue).and_then(|place| {
                     self.slots[place].stopping = None;
@@ -392,7 +392,7 @@ impl<F: FileSystem + 'static> Service<F> {
         self.slots.iter().position(|slot| slot.queue == queue)
     }
 
-    fn take_ring(&mut self, mut ring: Ring) {
+    fn take_ring(&mut self, mut ring: Box<Ring>) {
         let queue = ring.index();
         let place = match self.place(queue) {
             Some(place) => place,
@@ -426,7 +426,7 @@ impl<F: FileSystem + 'static> Service<F> {
             // Must go explicitly: the front end keeps the same open file alive.
             let _ = epoll::delete(&self.events, kick);
         }
-        Some(ring)
+        Some(*ring)
     }
 
     fn finish_stops(&mut self) {
@@ -462,13 +462,13 @@ impl<F: FileSystem + 'static> Service<F> {
             }
         };
         if self.has_work() {
-            self.poll.work(now.saturating_sub(since));
+            self.poll.work(since, now);
         }
     }
 
     #[inline]
     fn has_work(&self) -> bool {
-        self.slots.iter().any(|slot| slot.ring.as_ref().is_some_and(Ring::has_work))
+        self.slots.iter().any(|slot| slot.ring.as_ref().is_some_and(|ring| ring.has_work()))
     }
 
     /// Looks at the rings until something comes (then: when) or `window` is over.
@@ -579,6 +579,3 @@ impl RunDelay {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

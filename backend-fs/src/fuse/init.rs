@@ -18,8 +18,8 @@
 use rustix::io::Errno;
 
 use super::abi::{self, InitIn, InitOut};
+use super::arguments::MAX_WRITE;
 use super::init_flags::InitFlags;
-use super::request::MAX_WRITE;
 use crate::filesystem::Negotiated;
 use crate::host::options::{CachePolicy, HostOptions, Offer};
 
@@ -200,3 +200,6 @@ fn negotiated(flags: InitFlags) -> Negotiated {
         allow_mmap: flags.contains(InitFlags::DIRECT_IO_ALLOW_MMAP),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,31 +18,17 @@ use std::ffi::CStr;
 use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
-use super::abi::{self, InHeader, InitIn, fattr};
+use super::abi::{self, InHeader, InitIn};
+use super::arguments as args;
 use super::extension::Extensions;
 use super::name;
 use super::opcode::Opcode;
 use super::session::Layout;
-use crate::filesystem::{CopyRange, HandleId, LockRequest, NewInode, NodeId, Release, SetAttr, SetTime};
+use crate::filesystem::{CopyRange, HandleId, LockRequest, NewInode, NodeId, Release, SetAttr};
 
-/// Most bytes of data in one `FUSE_WRITE`, negotiated as `max_write`.
-pub const MAX_WRITE: u32 = 1 << 20;
-/// Most bytes of a `FUSE_READDIR` reply. Linux asks for a page, newer ones for a few.
-pub const MAX_LISTING: u32 = 1 << 20;
-/// Largest value of an extended attribute (`XATTR_SIZE_MAX`, `linux/limits.h`).
-pub const XATTR_SIZE_MAX: u32 = 65536;
 /// Largest request that is no `FUSE_WRITE`: `FUSE_SETXATTR` with the largest value, or a new
 /// symbolic link with the largest label, and some room.
 pub const MAX_ARGUMENTS: usize = 128 << 10;
-
-/// Largest offset (`OFFSET_MAX`).
-const OFFSET_MAX: u64 = i64::MAX as u64;
-/// Permission bits of a mode.
-const PERMISSIONS: u32 = 0o7777;
-/// Flags of `setxattr(2)` that may come through.
-const XATTR_FLAGS: u32 = (libc::XATTR_CREATE | libc::XATTR_REPLACE) as u32;
-/// Flags of `renameat2(2)` that may come through.
-const RENAME_FLAGS: u32 = libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE | libc::RENAME_WHITEOUT;
 
 /// One request as it was copied out of DPU memory.
 #[derive(Clone, Copy, Debug)]
@@ -299,14 +285,14 @@ fn parse_body<'a>(
         }
         Opcode::Getattr => {
             let arg: abi::GetattrIn = body.take()?;
-            Request::Getattr { handle: handle_if(arg.getattr_flags & abi::GETATTR_FH != 0, arg.fh) }
+            Request::Getattr { handle: args::handle_if(arg.getattr_flags & abi::GETATTR_FH != 0, arg.fh) }
         }
         Opcode::Statx => {
             let arg: abi::StatxIn = body.take()?;
-            let handle = handle_if(arg.getattr_flags & abi::GETATTR_FH != 0, arg.fh);
+            let handle = args::handle_if(arg.getattr_flags & abi::GETATTR_FH != 0, arg.fh);
             Request::Statx { handle, flags: arg.sx_flags, mask: arg.sx_mask }
         }
-        Opcode::Setattr => Request::Setattr(set_attr(&body.take()?)?),
+        Opcode::Setattr => Request::Setattr(args::set_attr(&body.take()?)?),
         Opcode::Access => match body.take::<abi::AccessIn>()?.mask {
             mask @ 0..=7 => Request::Access { mask },
             _ => return Err(Errno::INVAL),
@@ -318,12 +304,11 @@ fn parse_body<'a>(
         }
         Opcode::Mknod => {
             let arg: abi::MknodIn = body.take()?;
-            Request::Mknod { name: body.component()?, new: new_node(&arg)? }
+            Request::Mknod { name: body.component()?, new: args::new_node(&arg)? }
         }
         Opcode::Mkdir => {
             let arg: abi::MkdirIn = body.take()?;
-            let new = NewInode { mode: libc::S_IFDIR | arg.mode & PERMISSIONS, umask: arg.umask, rdev: 0 };
-            Request::Mkdir { name: body.component()?, new }
+            Request::Mkdir { name: body.component()?, new: args::new_directory(&arg) }
         }
         Opcode::Unlink => Request::Unlink { name: body.only_component()? },
         Opcode::Rmdir => Request::Rmdir { name: body.only_component()? },
@@ -333,10 +318,7 @@ fn parse_body<'a>(
         }
         Opcode::Rename2 => {
             let arg: abi::Rename2In = body.take()?;
-            if arg.flags & !RENAME_FLAGS != 0 {
-                return Err(Errno::INVAL);
-            }
-            body.rename(NodeId(arg.newdir), arg.flags)?
+            body.rename(NodeId(arg.newdir), args::rename_flags(arg.flags)?)?
         }
         Opcode::Link => {
             let arg: abi::LinkIn = body.take()?;
@@ -350,77 +332,99 @@ fn parse_body<'a>(
         Opcode::Create => {
             let arg: abi::CreateIn = body.take()?;
             let kill_suidgid = arg.open_flags & abi::OPEN_KILL_SUIDGID != 0;
-            Request::Create { name: body.component()?, new: new_file(&arg), flags: arg.flags, kill_suidgid }
+            Request::Create {
+                name: body.component()?,
+                new: args::new_file(&arg),
+                flags: arg.flags,
+                kill_suidgid,
+            }
         }
         Opcode::Tmpfile => {
             let arg: abi::CreateIn = body.take()?;
             // Linux sends "/" (`slash_name` of `vfs_tmpfile`): a place holder that names nothing.
             body.string()?;
-            Request::Tmpfile { new: new_file(&arg), flags: arg.flags }
+            Request::Tmpfile { new: args::new_file(&arg), flags: arg.flags }
         }
         Opcode::Read => {
             let arg: abi::ReadIn = body.take()?;
-            let size = (arg.size as usize).min(message.room);
-            let size = size.min(left_after(arg.offset)?.try_into().unwrap_or(usize::MAX));
+            let size = args::read_size(&arg, message.room)?;
             Request::Read { handle: HandleId(arg.fh), offset: arg.offset, size }
         }
-        Opcode::Write => write(&body.take()?, message.body_len)?,
+        Opcode::Write => {
+            let arg: abi::WriteIn = body.take()?;
+            let payload = message.body_len - size_of::<abi::WriteIn>();
+            Request::Write {
+                handle: HandleId(arg.fh),
+                offset: arg.offset,
+                size: args::write_size(&arg, payload)?,
+                kill_suidgid: arg.write_flags & abi::WRITE_KILL_SUIDGID != 0,
+                cached: arg.write_flags & abi::WRITE_CACHE != 0,
+            }
+        }
         Opcode::Statfs => Request::Statfs,
         Opcode::Flush => {
             let arg: abi::FlushIn = body.take()?;
             Request::Flush { handle: HandleId(arg.fh), lock_owner: arg.lock_owner }
         }
-        Opcode::Release => Request::Release(release(&body.take()?)),
-        Opcode::Releasedir => Request::Releasedir(release(&body.take()?)),
+        Opcode::Release => Request::Release(args::release(&body.take()?)),
+        Opcode::Releasedir => Request::Releasedir(args::release(&body.take()?)),
         Opcode::Fsync => {
             let arg: abi::FsyncIn = body.take()?;
-            Request::Fsync { handle: HandleId(arg.fh), data_only: data_only(&arg) }
+            Request::Fsync { handle: HandleId(arg.fh), data_only: args::data_only(&arg) }
         }
         Opcode::Fsyncdir => {
             let arg: abi::FsyncIn = body.take()?;
-            Request::Fsyncdir { handle: HandleId(arg.fh), data_only: data_only(&arg) }
+            Request::Fsyncdir { handle: HandleId(arg.fh), data_only: args::data_only(&arg) }
         }
         Opcode::Fallocate => {
             let abi::FallocateIn { fh, offset, length: len, mode, .. } = body.take()?;
-            check_range(offset, len)?;
+            args::check_range(offset, len)?;
             Request::Fallocate { handle: HandleId(fh), mode, offset, len }
         }
-        Opcode::Lseek => lseek(&body.take()?)?,
-        Opcode::CopyFileRange => copy_file_range(message, &body.take()?, false)?,
-        Opcode::CopyFileRange64 => copy_file_range(message, &body.take()?, true)?,
+        Opcode::Lseek => {
+            let arg: abi::LseekIn = body.take()?;
+            args::check_seek(&arg)?;
+            Request::Lseek { handle: HandleId(arg.fh), offset: arg.offset, whence: arg.whence }
+        }
+        Opcode::CopyFileRange => body.copy_range(message, false)?,
+        Opcode::CopyFileRange64 => body.copy_range(message, true)?,
         Opcode::Opendir => Request::Opendir { flags: body.take::<abi::OpenIn>()?.flags },
         Opcode::Readdir => {
             let arg: abi::ReadIn = body.take()?;
-            Request::Readdir { handle: HandleId(arg.fh), offset: arg.offset, size: listing(&arg, message) }
+            Request::Readdir {
+                handle: HandleId(arg.fh),
+                offset: arg.offset,
+                size: args::listing_room(arg.size, message.room),
+            }
         }
         Opcode::Readdirplus => {
             let arg: abi::ReadIn = body.take()?;
             Request::Readdirplus {
                 handle: HandleId(arg.fh),
                 offset: arg.offset,
-                size: listing(&arg, message),
+                size: args::listing_room(arg.size, message.room),
             }
         }
         Opcode::Syncfs => Request::Syncfs,
-        Opcode::Setxattr => set_xattr(body, layout)?,
+        Opcode::Setxattr => body.set_xattr(layout)?,
         Opcode::Getxattr => {
             let arg: abi::GetxattrIn = body.take()?;
             let name = name::check_xattr_name(body.string()?)?;
             body.end()?;
-            Request::Getxattr { name, size: xattr_room(arg.size, message.room)? }
+            Request::Getxattr { name, size: args::xattr_room(arg.size, message.room)? }
         }
         Opcode::Listxattr => {
             let arg: abi::GetxattrIn = body.take()?;
-            Request::Listxattr { size: xattr_room(arg.size, message.room)? }
+            Request::Listxattr { size: args::xattr_room(arg.size, message.room)? }
         }
         Opcode::Removexattr => {
             let name = name::check_xattr_name(body.string()?)?;
             body.end()?;
             Request::Removexattr { name }
         }
-        Opcode::Getlk => Request::Getlk(lock(&body.take()?)?),
-        Opcode::Setlk => Request::Setlk { lock: lock(&body.take()?)?, wait: false },
-        Opcode::Setlkw => Request::Setlk { lock: lock(&body.take()?)?, wait: true },
+        Opcode::Getlk => Request::Getlk(args::lock(&body.take()?)?),
+        Opcode::Setlk => Request::Setlk { lock: args::lock(&body.take()?)?, wait: false },
+        Opcode::Setlkw => Request::Setlk { lock: args::lock(&body.take()?)?, wait: true },
         Opcode::Init => Request::Init(body.init()?),
         Opcode::Destroy => Request::Destroy,
         Opcode::Interrupt => Request::Interrupt,
@@ -481,6 +485,27 @@ impl<'a> Body<'a> {
         Ok(Request::Rename { from, to: (parent, self.only_component()?), flags })
     }
 
+    /// A copy from the node of the header to the one in the arguments.
+    fn copy_range(&mut self, message: &Message, wide: bool) -> Result<Request<'a>, Errno> {
+        let range = args::copy_range(NodeId(message.header.nodeid), &self.take()?, wide)?;
+        Ok(Request::CopyFileRange { range, wide })
+    }
+
+    /// `struct fuse_setxattr_in`, whose length was negotiated, name and value.
+    fn set_xattr(&mut self, layout: Layout) -> Result<Request<'a>, Errno> {
+        let arg = if layout.setxattr_ext {
+            self.take()?
+        } else {
+            let abi::SetxattrInShort { size, flags } = self.take()?;
+            abi::SetxattrIn { size, flags, ..Default::default() }
+        };
+        let name = name::check_xattr_name(self.string()?)?;
+        let value = self.rest;
+        args::check_set_xattr(&arg, value)?;
+        let kill_sgid = arg.setxattr_flags & abi::SETXATTR_ACL_KILL_SGID != 0;
+        Ok(Request::Setxattr { name, value, flags: arg.flags, kill_sgid })
+    }
+
     /// `struct fuse_init_in`, which grew over time; what an old kernel does not send is 0.
     fn init(&mut self) -> Result<InitIn, Errno> {
         let mut bytes = [0; size_of::<InitIn>()];
@@ -505,163 +530,5 @@ impl<'a> Body<'a> {
     }
 }
 
-#[inline]
-fn handle_if(valid: bool, fh: u64) -> Option<HandleId> {
-    valid.then_some(HandleId(fh))
-}
-
-/// Bytes from `offset` to the largest offset.
-#[inline]
-fn left_after(offset: u64) -> Result<u64, Errno> {
-    OFFSET_MAX.checked_sub(offset).ok_or(Errno::INVAL)
-}
-
-/// A range that is not empty and ends at the largest offset at the latest.
-fn check_range(offset: u64, len: u64) -> Result<(), Errno> {
-    if len == 0 || len > left_after(offset)? { Err(Errno::INVAL) } else { Ok(()) }
-}
-
-/// Room for directory entries.
-fn listing(arg: &abi::ReadIn, message: &Message) -> usize {
-    arg.size.min(MAX_LISTING).min(message.room.try_into().unwrap_or(u32::MAX)) as usize
-}
-
-fn data_only(arg: &abi::FsyncIn) -> bool {
-    arg.fsync_flags & abi::FSYNC_FDATASYNC != 0
-}
-
-fn release(arg: &abi::ReleaseIn) -> Release {
-    let unlock = arg.release_flags & abi::RELEASE_FLOCK_UNLOCK != 0;
-    Release { handle: HandleId(arg.fh), flock_owner: unlock.then_some(arg.lock_owner) }
-}
-
-/// The payload must be exactly as long as the arguments say.
-#[inline]
-fn write<'a>(arg: &abi::WriteIn, body_len: usize) -> Result<Request<'a>, Errno> {
-    let size = arg.size as usize;
-    let payload = body_len - size_of::<abi::WriteIn>();
-    if arg.size > MAX_WRITE || size != payload || size as u64 > left_after(arg.offset)? {
-        return Err(Errno::INVAL);
-    }
-    Ok(Request::Write {
-        handle: HandleId(arg.fh),
-        offset: arg.offset,
-        size,
-        kill_suidgid: arg.write_flags & abi::WRITE_KILL_SUIDGID != 0,
-        cached: arg.write_flags & abi::WRITE_CACHE != 0,
-    })
-}
-
-fn lseek<'a>(arg: &abi::LseekIn) -> Result<Request<'a>, Errno> {
-    let beyond = match arg.whence as i32 {
-        libc::SEEK_SET | libc::SEEK_END => Errno::INVAL,
-        libc::SEEK_DATA | libc::SEEK_HOLE => Errno::NXIO,
-        // Positions are the DPU's: there is none here that SEEK_CUR could start from.
-        _ => return Err(Errno::INVAL),
-    };
-    if arg.offset > OFFSET_MAX {
-        return Err(beyond);
-    }
-    Ok(Request::Lseek { handle: HandleId(arg.fh), offset: arg.offset, whence: arg.whence })
-}
-
-/// `wide`: the reply has 64 bits for the number of bytes copied. With 32 the length is cut to what
-/// they can tell, to a multiple of the largest page size so that extents stay aligned.
-fn copy_file_range<'a>(
-    message: &Message,
-    arg: &abi::CopyFileRangeIn,
-    wide: bool,
-) -> Result<Request<'a>, Errno> {
-    check_range(arg.off_in, arg.len)?;
-    check_range(arg.off_out, arg.len)?;
-    if arg.flags != 0 {
-        return Err(Errno::INVAL);
-    }
-    let len = if wide { arg.len } else { arg.len.min(u64::from(!0xffff_u32)) };
-    let range = CopyRange {
-        source: (NodeId(message.header.nodeid), HandleId(arg.fh_in), arg.off_in),
-        target: (NodeId(arg.nodeid_out), HandleId(arg.fh_out), arg.off_out),
-        len,
-        flags: 0,
-    };
-    Ok(Request::CopyFileRange { range, wide })
-}
-
-fn new_file(arg: &abi::CreateIn) -> NewInode {
-    NewInode { mode: libc::S_IFREG | arg.mode & PERMISSIONS, umask: arg.umask, rdev: 0 }
-}
-
-/// What `mknod(2)` can make; a device number counts only for device nodes.
-fn new_node(arg: &abi::MknodIn) -> Result<NewInode, Errno> {
-    let (kind, rdev) = match arg.mode & libc::S_IFMT {
-        0 => (libc::S_IFREG, 0),
-        kind @ (libc::S_IFREG | libc::S_IFIFO | libc::S_IFSOCK) => (kind, 0),
-        kind @ (libc::S_IFCHR | libc::S_IFBLK) => (kind, arg.rdev),
-        _ => return Err(Errno::INVAL),
-    };
-    Ok(NewInode { mode: kind | arg.mode & PERMISSIONS, umask: arg.umask, rdev })
-}
-
-fn set_attr(arg: &abi::SetattrIn) -> Result<SetAttr, Errno> {
-    let has = |bit| arg.valid & bit != 0;
-    let id = |bit, id| match (has(bit), id) {
-        (false, _) => Ok(None),
-        (true, u32::MAX) => Err(Errno::INVAL),
-        (true, id) => Ok(Some(id)),
-    };
-    let time = |bit, now, seconds: u64, nanoseconds| match (has(now), has(bit), nanoseconds) {
-        (true, ..) => Ok(Some(SetTime::Now)),
-        (false, false, _) => Ok(None),
-        // Seconds are signed; the wire type is not.
-        (false, true, 0..=999_999_999) => Ok(Some(SetTime::At(seconds.cast_signed(), nanoseconds))),
-        (false, true, _) => Err(Errno::INVAL),
-    };
-    if has(fattr::SIZE) && arg.size > OFFSET_MAX {
-        return Err(Errno::INVAL);
-    }
-    Ok(SetAttr {
-        handle: handle_if(has(fattr::FH), arg.fh),
-        mode: has(fattr::MODE).then_some(arg.mode & PERMISSIONS),
-        uid: id(fattr::UID, arg.uid)?,
-        gid: id(fattr::GID, arg.gid)?,
-        size: has(fattr::SIZE).then_some(arg.size),
-        atime: time(fattr::ATIME, fattr::ATIME_NOW, arg.atime, arg.atimensec)?,
-        mtime: time(fattr::MTIME, fattr::MTIME_NOW, arg.mtime, arg.mtimensec)?,
-        ctime: time(fattr::CTIME, 0, arg.ctime, arg.ctimensec)?,
-        kill_suidgid: has(fattr::KILL_SUIDGID),
-    })
-}
-
-fn set_xattr<'a>(body: &mut Body<'a>, layout: Layout) -> Result<Request<'a>, Errno> {
-    let arg = if layout.setxattr_ext {
-        body.take()?
-    } else {
-        let abi::SetxattrInShort { size, flags } = body.take()?;
-        abi::SetxattrIn { size, flags, ..Default::default() }
-    };
-    let name = name::check_xattr_name(body.string()?)?;
-    if arg.size as usize != body.rest.len() || arg.flags & !XATTR_FLAGS != 0 {
-        return Err(Errno::INVAL);
-    }
-    if arg.size > XATTR_SIZE_MAX {
-        return Err(Errno::TOOBIG);
-    }
-    let kill_sgid = arg.setxattr_flags & abi::SETXATTR_ACL_KILL_SGID != 0;
-    Ok(Request::Setxattr { name, value: body.rest, flags: arg.flags, kill_sgid })
-}
-
-/// How large a value may come back. 0 asks for the size alone, so a capped size must not become 0.
-fn xattr_room(size: u32, room: usize) -> Result<u32, Errno> {
-    let capped = size.min(XATTR_SIZE_MAX).min(room.try_into().unwrap_or(u32::MAX));
-    if capped == 0 && size != 0 { Err(Errno::RANGE) } else { Ok(capped) }
-}
-
-fn lock(arg: &abi::LkIn) -> Result<LockRequest, Errno> {
-    let lock = arg.lk;
-    let known = matches!(lock.kind as i32, libc::F_RDLCK | libc::F_WRLCK | libc::F_UNLCK);
-    if !known || lock.start > lock.end || lock.end > OFFSET_MAX {
-        return Err(Errno::INVAL);
-    }
-    let flock = arg.lk_flags & abi::LK_FLOCK != 0;
-    Ok(LockRequest { handle: HandleId(arg.fh), owner: arg.owner, lock, flock })
-}
+#[cfg(test)]
+mod tests;
