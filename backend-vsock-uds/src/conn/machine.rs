@@ -184,6 +184,11 @@ impl Connection {
         self.window.grow(size);
     }
 
+    /// Whether the DPU has not heard of the connection yet.
+    pub fn is_unasked(&self) -> bool {
+        self.state == State::DpuConnecting && !self.request_sent
+    }
+
     /// Whether the DPU takes what the host sends.
     pub fn dpu_receives(&self) -> bool {
         self.dpu_receives

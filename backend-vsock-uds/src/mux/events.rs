@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::Timespec;
@@ -52,11 +53,14 @@ impl Mux {
     /// Only for reasons that make waiting impossible; an interrupted wait just returns.
     pub fn wait(&mut self, timeout: Option<&Timespec>) -> io::Result<usize> {
         self.events.clear();
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut self.events), timeout) {
-            Ok(count) => Ok(count),
-            Err(Errno::INTR) => Ok(0),
-            Err(errno) => Err(errno.into()),
-        }
+        let mut space = [MaybeUninit::<epoll::Event>::uninit(); EVENTS];
+        let (reported, _) = match epoll::wait(&self.epoll, &mut space, timeout) {
+            Ok(reported) => reported,
+            Err(Errno::INTR) => return Ok(0),
+            Err(errno) => return Err(errno.into()),
+        };
+        self.events.extend(reported.iter().map(|event| (Watched::decode(event.data.u64()), event.flags)));
+        Ok(self.events.len())
     }
 
     /// Serves what [`Mux::wait`] brought.
@@ -64,9 +68,8 @@ impl Mux {
         self.flush(now);
         let mut served = Served::default();
         let mut events = std::mem::take(&mut self.events);
-        for event in events.drain(..) {
-            let flags = event.flags;
-            match Watched::decode(event.data.u64()) {
+        for (watched, flags) in events.drain(..) {
+            match watched {
                 Watched::Foreign(number) => {
                     served.foreign |= 1u32.checked_shl(number).unwrap_or(0);
                     continue;

@@ -143,6 +143,7 @@ impl Watched {
 const SLOT_MASK: u32 = (1 << 30) - 1;
 
 /// The connections of one DPU.
+#[derive(Debug)]
 pub struct Mux {
     cid: u64,
     routes: Routes,
@@ -161,7 +162,8 @@ pub struct Mux {
     draining: VecDeque<Token>,
     resets: VecDeque<Header>,
     epoll: OwnedFd,
-    events: Vec<epoll::Event>,
+    /// Reported and not served yet.
+    events: Vec<(Watched, epoll::EventFlags)>,
     batch: Batch,
     /// Chains of the tx queue that are done, in the order in which they came.
     done: Vec<Chain>,
@@ -252,15 +254,21 @@ impl Mux {
             .min()
     }
 
-    /// The DPU's driver was reset: every connection ends, host programs see a hang-up, and nothing of
-    /// the old DPU is ever sent to the new one. Listeners stay.
+    /// The DPU's driver was reset: every connection that the DPU knew of ends, host programs see a
+    /// hang-up, and nothing of the old DPU is ever sent to the new one. Listeners stay, and so do host
+    /// programs whose request has not reached any DPU.
     pub fn reset(&mut self) {
         let tokens: Vec<Token> = self.table.tokens().collect();
-        self.counters.lost_connections += tokens.len() as u64;
-        for token in tokens {
-            self.forget(token);
-        }
         self.turns = RxQueue::default();
+        for token in tokens {
+            match self.table.get_mut(token) {
+                Some((_, channel)) if channel.connection.is_unasked() => self.turns.push(token),
+                _ => {
+                    self.counters.lost_connections += 1;
+                    self.forget(token);
+                }
+            }
+        }
         self.resets.clear();
         self.batch = Batch::default();
         self.done.clear();
@@ -271,7 +279,11 @@ impl Mux {
     /// anything to tell.
     pub fn lose_dpu(&mut self) -> bool {
         let tokens: Vec<Token> = self.table.tokens().collect();
-        let pairs: Vec<Pair> = tokens.iter().filter_map(|token| self.table.pair_of(*token)).collect();
+        let known = |token: &Token| {
+            let unasked = self.table.get_mut(*token)?.1.connection.is_unasked();
+            self.table.pair_of(*token).filter(|_| !unasked)
+        };
+        let pairs: Vec<Pair> = tokens.iter().filter_map(known).collect();
         self.reset();
         for pair in &pairs {
             let control = conn_rst(self.cid, *pair);
