@@ -4,6 +4,8 @@
 //! and go ([`VsockDevice::serve`]); what they leave behind is dropped, and told to the DPU when it returns.
 #![forbid(unsafe_code)]
 
+mod syscalls;
+
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -14,6 +16,7 @@ use vring::poll::PollWindow;
 use vring::ring::Ring;
 use vring::session::{self, Device, End, SessionError, Stop};
 
+pub use self::syscalls::CALLS;
 use crate::mux::Mux;
 use crate::worker::{QUEUES, Report, Worker};
 

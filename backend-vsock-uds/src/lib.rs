@@ -13,11 +13,19 @@
 //! | [`host`] | Unix sockets of host programs, and their greeting |
 //! | [`worker`] | the thread that serves the queues of one DPU |
 //! | [`device`] | the device as the front end sees it |
+//! | [`daemon`] | start, isolation ([`sandbox`]), front ends that come and go, end |
+//! | [`args`], [`config`], [`listener`], [`logging`] | command line, what it means, sockets, log |
 
+pub mod args;
+pub mod config;
 pub mod conn;
+pub mod daemon;
 pub mod device;
 pub mod host;
+pub mod listener;
+pub mod logging;
 pub mod mux;
 pub mod packet;
 pub mod route;
+pub mod sandbox;
 pub mod worker;

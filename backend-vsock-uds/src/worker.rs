@@ -144,11 +144,16 @@ impl Worker {
         let mailbox =
             Arc::new(Mailbox { commands: Mutex::default(), pending: AtomicBool::new(false), event });
         let (alive, ended) = mpsc::sync_channel(0);
+        let (preparing, prepared) = mpsc::sync_channel::<()>(0);
         let theirs = Arc::clone(&mailbox);
         thread::Builder::new().name(name.to_owned()).spawn(move || {
             let _alive: SyncSender<()> = alive;
-            Service::new(mux, theirs, poll).run();
+            let service = Service::new(mux, theirs, poll);
+            drop(preparing);
+            service.run();
         })?;
+        // What the thread opens for itself it opens before the caller goes on, perhaps to forbid that.
+        let _ = prepared.recv();
         Ok(Worker { mailbox, ended })
     }
 
