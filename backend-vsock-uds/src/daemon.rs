@@ -15,12 +15,12 @@ pub mod front_end;
 pub mod notify;
 
 use std::io;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fs::OFlags;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vring::poll::PollWindow;
 use vring::session::Stop;
@@ -140,14 +140,23 @@ pub fn run(config: Config) -> Result<(), Error> {
 
 /// Opens what the front end of a DPU connects to.
 fn endpoint(dpu: &DpuConfig, config: &Config, leftovers: &mut Leftovers) -> Result<Socket, Error> {
-    match &dpu.endpoint {
+    let socket = match &dpu.endpoint {
         Endpoint::Path(path) => {
             let access = config.socket_access;
             let socket = listener::make(path, Kind::Stream, access, FRONT_END_BACKLOG, leftovers)?;
-            Ok(Socket::Listening(socket.into()))
+            Socket::Listening(socket.into())
         }
-        Endpoint::Fd(fd) => Ok(listener::inherited(*fd)?),
+        Endpoint::Fd(fd) => listener::inherited(*fd)?,
+    };
+    if let Socket::Listening(listener) = &socket {
+        // Another process that has the same inherited socket may be faster after poll.
+        listener.set_nonblocking(true).map_err(|source| Error::Start {
+            cid: dpu.cid,
+            step: "making its socket non-blocking",
+            source,
+        })?;
     }
+    Ok(socket)
 }
 
 /// The mux of a DPU with the sockets of its host programs.
@@ -158,9 +167,10 @@ fn mux(dpu: &DpuConfig, config: &Config, leftovers: &mut Leftovers) -> Result<Mu
     for listening in &dpu.listeners {
         let socket =
             listener::make(&listening.path, listening.kind, config.uds_access, PROGRAM_BACKLOG, leftovers)?;
-        rustix::fs::fcntl_setfl(&socket, OFlags::NONBLOCK)
-            .map_err(|errno| failed("making a listener non-blocking")(errno.into()))?;
-        mux.add_listener(socket, listening.port, listening.kind).map_err(failed("watching a listener"))?;
+        let socket = UnixListener::from(socket);
+        socket.set_nonblocking(true).map_err(failed("making a listener non-blocking"))?;
+        mux.add_listener(socket.into(), listening.port, listening.kind)
+            .map_err(failed("watching a listener"))?;
     }
     Ok(mux)
 }

@@ -23,7 +23,7 @@ const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 pub struct FrontEnds {
     /// Context id of the DPU.
     pub cid: u64,
-    /// Where front ends come from.
+    /// Where front ends come from; a listener does not block.
     pub socket: Socket,
     /// The device, which outlives them.
     pub device: VsockDevice,
@@ -38,14 +38,9 @@ impl FrontEnds {
     pub fn serve(mut self) -> VsockDevice {
         match self.socket {
             Socket::Listening(listener) => {
-                // Another process that has the same inherited socket may be faster after poll.
-                if let Err(error) = listener.set_nonblocking(true) {
-                    tracing::error!(cid = self.cid, "the vhost-user socket cannot be used: {error}");
-                } else {
-                    while let Some(stream) = next(&listener, &self.stop) {
-                        if !one(&mut self.device, self.cid, &stream, &self.stop) {
-                            break;
-                        }
+                while let Some(stream) = next(&listener, &self.stop) {
+                    if !one(&mut self.device, self.cid, &stream, &self.stop) {
+                        break;
                     }
                 }
             }

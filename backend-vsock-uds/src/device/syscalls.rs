@@ -20,7 +20,6 @@ pub const CALLS: &[Call] = &[
     Call::any(libc::SYS_ppoll, "waiting for vhost-user messages"),
     fcntl(libc::F_DUPFD_CLOEXEC, "a second owner of an event descriptor"),
     fcntl(libc::F_GETFL, "whether a kick descriptor blocks"),
-    fcntl(libc::F_SETFL, "listeners that do not block"),
     // Memory of the DPU.
     Call::any(libc::SYS_fstat, "size of shared memory; whether a path is a socket"),
     Call::any(libc::SYS_fstatfs, "whether shared memory is in hugepages, and their size"),
