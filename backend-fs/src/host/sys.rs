@@ -396,10 +396,12 @@ pub(super) fn close(fd: OwnedFd) -> Result<()> {
 /// Makes others wait before they open the file for writing (`F_SETLEASE`).
 #[cfg(test)]
 pub(super) fn set_read_lease(fd: BorrowedFd) -> Result<()> {
+    /// `include/uapi/asm-generic/fcntl.h`.
+    const F_SETSIG: libc::c_int = 10;
     // SAFETY: no memory is involved. The holder is told of those who wait by a signal that does nothing
     // by default; the usual one would end the process.
     check(libc::c_long::from(unsafe {
-        libc::fcntl(fd.as_raw_fd(), libc::F_SETSIG, libc::SIGCHLD);
+        libc::fcntl(fd.as_raw_fd(), F_SETSIG, libc::SIGCHLD);
         libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK)
     }))?;
     Ok(())
