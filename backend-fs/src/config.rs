@@ -42,8 +42,8 @@ pub struct Config {
     pub listen: ListenOptions,
     /// The device.
     pub device: DeviceOptions,
-    /// How the export behaves. Its `fd_budget` is `--fd-budget`, or `usize::MAX`; the limit of open
-    /// files lowers it once that is set, see [`Config::fit_into_limit`].
+    /// How the export behaves. Its `fd_budget` is `--fd-budget`, or `usize::MAX`; to be lowered to
+    /// [`Config::fd_budget`] once the limit of open files is set.
     pub host: HostOptions,
     /// Isolation.
     pub sandbox: SandboxOptions,
@@ -75,12 +75,11 @@ impl Config {
         Ok(Config { shared_dir, listen, device, host, sandbox, log, warnings })
     }
 
-    /// Lowers the DPU's budget of descriptors to what `limit`, the limit of open files in force,
-    /// leaves; returns it.
-    pub fn fit_into_limit(&mut self, limit: u64) -> Result<usize, limits::TooSmall> {
+    /// The DPU's budget of descriptors under `limit`, the limit of open files that
+    /// [`limits::apply`] set: what that leaves, or less with `--fd-budget`.
+    pub fn fd_budget(&self, limit: u64) -> Result<usize, limits::Error> {
         let reserve = limits::reserve(self.device.request_queues, self.device.pool_size);
-        self.host.fd_budget = self.host.fd_budget.min(limits::budget(limit, reserve)?);
-        Ok(self.host.fd_budget)
+        Ok(self.host.fd_budget.min(limits::budget(limit, reserve)?))
     }
 
     /// The descriptor that the caller handed over with `--fd`; any other inherited one is a leak.
@@ -261,10 +260,7 @@ fn check_rlimit(request: Option<u64>, device: &DeviceOptions) -> Result<(), Erro
     let Some(limit) = request.filter(|&limit| limit > 0) else { return Ok(()) };
     limits::budget(limit, limits::reserve(device.request_queues, device.pool_size))
         .map_err(Error::RlimitTooSmall)?;
-    match limits::nr_open() {
-        Some(most) if limit > most => Err(Error::RlimitTooLarge { limit, most }),
-        _ => Ok(()),
-    }
+    limits::plan(request, limits::current()).map(drop).map_err(Error::RlimitTooLarge)
 }
 
 fn listen(args: &Args) -> Result<ListenOptions, Error> {
@@ -320,3 +316,6 @@ fn lookup(option: &'static str, name: &str, found: nix::Result<Option<u32>>) -> 
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

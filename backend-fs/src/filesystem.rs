@@ -319,4 +319,7 @@ pub trait FileSystem: Send + Sync {
     /// Takes, changes or drops a lock. `wait` without [`Context::may_block`] answers `EAGAIN` when
     /// the lock is taken; with it the thread waits until it has the lock or [`FileSystem::destroy`].
     fn setlk(&self, cx: &Context, node: NodeId, request: LockRequest, wait: bool) -> Result<()>;
+    /// Makes every [`FileSystem::setlk`] that waits now return `EINTR`. Locks that are held stay, and
+    /// so do later waits: this is how a queue is emptied before it stops.
+    fn interrupt_locks(&self) {}
 }

@@ -6,6 +6,8 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use backend_fs::args::invocation::{Invocation, invocation};
+use backend_fs::config::Config;
+use backend_fs::sandbox::descriptors;
 use backend_fs::{daemon, logging};
 
 fn main() -> ExitCode {
@@ -19,17 +21,25 @@ fn main() -> ExitCode {
                 Err(error) => fail(&format!("cannot write to stdout: {error}"), 1),
             }
         }
-        Ok(Invocation::Serve(config)) => {
-            logging::init(config.log);
-            for warning in &config.warnings {
-                tracing::warn!("{warning}");
-            }
-            match daemon::run(*config) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => fail(&chain(&error), 1),
-            }
-        }
+        Ok(Invocation::Serve(config)) => serve(*config),
         Err(refusal) => fail(&refusal.message, refusal.exit_code),
+    }
+}
+
+fn serve(config: Config) -> ExitCode {
+    // Before anything here opens a descriptor that stays, the log included.
+    if let Err(error) = descriptors::close_inherited(config.inherited_fd()) {
+        return fail(&format!("cannot close inherited descriptors: {error}"), 1);
+    }
+    logging::init(config.log);
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    match daemon::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Two processes come here; what one of them has said the other need not repeat.
+        Err(error) if error.is_reported() => ExitCode::from(error.exit_code()),
+        Err(error) => fail(&chain(&error), error.exit_code()),
     }
 }
 

@@ -43,15 +43,10 @@ pub enum Error {
     HandlesWithoutCapability,
     /// The limit leaves nothing for the DPU.
     #[error("--rlimit-nofile: {0}")]
-    RlimitTooSmall(limits::TooSmall),
-    /// Above what the kernel sets at all.
-    #[error("--rlimit-nofile {limit}: the kernel allows at most {most}; give less or raise fs.nr_open")]
-    RlimitTooLarge {
-        /// The limit asked for.
-        limit: u64,
-        /// `fs.nr_open`.
-        most: u64,
-    },
+    RlimitTooSmall(limits::Error),
+    /// The limit is more than this kernel allows.
+    #[error(transparent)]
+    RlimitTooLarge(limits::Error),
     /// A user namespace map where none is made.
     #[error(
         "--{0} needs --sandbox=namespace and a daemon that does not run as root; for root use --translate-{1}"
@@ -125,7 +120,7 @@ impl Error {
             | Error::NoSuchUser(_)
             | Error::NoSuchGroup(_)
             | Error::Lookup { .. }
-            | Error::RlimitTooLarge { .. }
+            | Error::RlimitTooLarge(_)
             | Error::ChrootNeedsRoot => 1,
         }
     }

@@ -71,3 +71,77 @@ impl<'a> DirBuffer<'a> {
         self.bytes.extend_from_slice(&[0; 8][..padding]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use zerocopy::FromBytes;
+
+    use super::*;
+
+    #[test]
+    fn names_are_padded_with_nuls_to_eight_bytes() {
+        let mut bytes = vec![0xff; 16];
+        let mut buffer = DirBuffer::new(&mut bytes, 1000);
+        assert!(buffer.push(b"12345678", 1, 2, 8));
+        assert!(buffer.push(b"123456789", 3, 4, 4));
+        assert_eq!(bytes.len(), 16 + 32 + 40);
+        assert_eq!(bytes[72..], [b"123456789", &[0; 7][..]].concat());
+        assert_eq!(bytes[..16], [0xff; 16]);
+    }
+
+    #[test]
+    fn a_full_buffer_takes_nothing_more_and_stays_as_it_is() {
+        let mut bytes = Vec::new();
+        let mut buffer = DirBuffer::new(&mut bytes, 63);
+        assert!(buffer.fits(8) && buffer.push(b"a", 1, 1, 8));
+        assert!(!buffer.fits(1) && !buffer.push(b"b", 2, 2, 8));
+        assert!(!buffer.fits_plus(1) && !buffer.push_plus(b"b", 2, 2, 8, None));
+        assert_eq!(bytes.len(), 32);
+    }
+
+    /// Reads a buffer as `parse_dirfile` of the kernel's `fs/fuse/readdir.c` does.
+    fn read_back(mut bytes: &[u8], plus: bool) -> Vec<(Vec<u8>, u64, u64)> {
+        let mut entries = Vec::new();
+        while !bytes.is_empty() {
+            let before = if plus { size_of::<EntryOut>() } else { 0 };
+            let (dirent, rest) = Dirent::read_from_prefix(&bytes[before..]).unwrap();
+            let name = rest[..dirent.namelen as usize].to_vec();
+            entries.push((name, dirent.ino, dirent.off));
+            bytes = &bytes[(before + 24 + dirent.namelen as usize).next_multiple_of(8)..];
+        }
+        entries
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn whole_entries_come_back_and_the_limit_holds(
+            names in vec(vec(1..=255_u8, 1..=255), 0..40),
+            limit in 0..8192_usize,
+            plus: bool,
+        ) {
+            let mut bytes = Vec::new();
+            let mut buffer = DirBuffer::new(&mut bytes, limit);
+            let mut taken = Vec::new();
+            for (index, name) in names.iter().enumerate() {
+                let (ino, next) = (index as u64 + 2, index as u64 + 1);
+                let fits = if plus { buffer.fits_plus(name.len()) } else { buffer.fits(name.len()) };
+                let pushed = if plus {
+                    buffer.push_plus(name, ino, next, 8, None)
+                } else {
+                    buffer.push(name, ino, next, 8)
+                };
+                prop_assert_eq!(fits, pushed);
+                if !pushed {
+                    break;
+                }
+                taken.push((name.clone(), ino, next));
+            }
+            prop_assert!(bytes.len() <= limit);
+            prop_assert_eq!(read_back(&bytes, plus), taken);
+        }
+    }
+}

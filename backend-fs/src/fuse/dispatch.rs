@@ -27,6 +27,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use super::abi::{self, InHeader};
 use super::counters::{Counters, Member};
 use super::dirent::DirBuffer;
+use super::extension::Groups;
 use super::opcode::Opcode;
 use super::reply::{self, ReplyBuffer};
 use super::request::{self, MAX_ARGUMENTS, Message, Request};
@@ -256,11 +257,15 @@ fn run<F: FileSystem>(
         Request::Setlk { wait, .. } => Some(wait),
         _ => None,
     };
+    // Linux leaves the extension out when none of the caller's groups matters (fs/fuse/dir.c,
+    // get_create_supp_group): where it could have come, its absence says "none", not "unknown".
+    let known = layout.extensions.groups && opcode.makes_inode();
+    let groups = known.then(|| extensions.groups.map(Groups::ids).unwrap_or_default());
     let cx = Context {
         uid: header.uid,
         gid: header.gid,
         pid: header.pid,
-        groups: extensions.groups.as_deref(),
+        groups: groups.as_deref(),
         label: extensions.label,
         may_block,
     };
@@ -341,6 +346,14 @@ impl Outlet<'_> {
 /// The whole of an answer that says "done".
 const DONE: Result<Answer, Errno> = Ok(Answer::InPlace(0));
 
+/// Linux takes `ENOSYS` from `FSYNC` for success, now and for the life of the mount.
+fn durable(synced: Result<(), Errno>) -> Result<Answer, Errno> {
+    match synced {
+        Err(Errno::NOSYS) => Err(Errno::IO),
+        synced => synced.and(DONE),
+    }
+}
+
 /// Calls the file system. One arm per request, none of them a catch-all.
 #[inline]
 fn call<F: FileSystem>(
@@ -403,8 +416,8 @@ fn call<F: FileSystem>(
         Request::Flush { handle, lock_owner } => fs.flush(cx, node, handle, lock_owner).and(DONE),
         Request::Release(release) => fs.release(cx, node, release).and(DONE),
         Request::Releasedir(release) => fs.releasedir(cx, node, release).and(DONE),
-        Request::Fsync { handle, data_only } => fs.fsync(cx, node, handle, data_only).and(DONE),
-        Request::Fsyncdir { handle, data_only } => fs.fsyncdir(cx, node, handle, data_only).and(DONE),
+        Request::Fsync { handle, data_only } => durable(fs.fsync(cx, node, handle, data_only)),
+        Request::Fsyncdir { handle, data_only } => durable(fs.fsyncdir(cx, node, handle, data_only)),
         Request::Fallocate { handle, mode, offset, len } => {
             fs.fallocate(cx, node, handle, mode, offset, len).and(DONE)
         }

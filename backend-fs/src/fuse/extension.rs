@@ -22,13 +22,25 @@ pub const GROUPS_MAX: usize = 32;
 /// Longest security label, in bytes (`XATTR_SIZE_MAX`, `linux/limits.h`).
 pub const LABEL_MAX: usize = 65536;
 
-/// What the extensions of one request say.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// What the extensions of one request say. Small: nearly every request goes without.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Extensions<'a> {
     /// Supplementary groups of the caller.
-    pub groups: Option<ArrayVec<u32, GROUPS_MAX>>,
+    pub groups: Option<Groups<'a>>,
     /// Extended attribute, name and value, to give to the new inode.
     pub label: Option<(&'a CStr, &'a [u8])>,
+}
+
+/// A checked list of group ids, as it lies in the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Groups<'a>(&'a [u8]);
+
+impl Groups<'_> {
+    /// The ids, at most [`GROUPS_MAX`].
+    pub fn ids(self) -> ArrayVec<u32, GROUPS_MAX> {
+        let ids = self.0.chunks_exact(size_of::<u32>());
+        ids.filter_map(|id| u32::read_from_bytes(id).ok()).take(GROUPS_MAX).collect()
+    }
 }
 
 /// Which kinds were negotiated.
@@ -90,23 +102,15 @@ fn parse_label(content: &[u8], contexts: u32) -> Result<Option<(&CStr, &[u8])>, 
 }
 
 /// `struct fuse_supp_groups`: a count and as many ids.
-fn parse_groups(content: &[u8]) -> Result<ArrayVec<u32, GROUPS_MAX>, Errno> {
+fn parse_groups(content: &[u8]) -> Result<Groups<'_>, Errno> {
     let (count, rest) = u32::read_from_prefix(content).map_err(|_| Errno::INVAL)?;
     let count = count as usize;
     if count > GROUPS_MAX {
         return Err(Errno::INVAL);
     }
-    let ids = rest.get(..count * size_of::<u32>()).ok_or(Errno::INVAL)?;
-    let mut groups = ArrayVec::new();
-    for id in ids.chunks_exact(size_of::<u32>()) {
-        let id = u32::read_from_bytes(id).map_err(|_| Errno::INVAL)?;
-        // (gid_t)-1 means "unchanged" to the system calls that take a group id.
-        if id == u32::MAX {
-            return Err(Errno::INVAL);
-        }
-        groups.push(id);
-    }
-    Ok(groups)
+    let groups = Groups(rest.get(..count * size_of::<u32>()).ok_or(Errno::INVAL)?);
+    // (gid_t)-1 means "unchanged" to the system calls that take a group id.
+    if groups.ids().contains(&u32::MAX) { Err(Errno::INVAL) } else { Ok(groups) }
 }
 
 #[cfg(test)]
@@ -143,7 +147,7 @@ mod tests {
     fn label_and_group_as_linux_sends_them() {
         let bytes = [label(6, b"security.selinux\0", b"labelX"), groups(1, &[1000])].concat();
         let all = Extensions::parse(&bytes, BOTH).unwrap();
-        assert_eq!(all.groups.unwrap().as_slice(), [1000]);
+        assert_eq!(all.groups.unwrap().ids().as_slice(), [1000]);
         assert_eq!(all.label.unwrap(), (c"security.selinux", &b"labelX"[..]));
     }
 

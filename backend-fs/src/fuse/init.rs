@@ -200,3 +200,6 @@ fn negotiated(flags: InitFlags) -> Negotiated {
         allow_mmap: flags.contains(InitFlags::DIRECT_IO_ALLOW_MMAP),
     }
 }
+
+#[cfg(test)]
+mod tests;

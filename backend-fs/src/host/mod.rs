@@ -454,4 +454,8 @@ impl FileSystem for HostFs {
     fn setlk(&self, cx: &Context, node: NodeId, request: LockRequest, wait: bool) -> Result<()> {
         self.do_setlk(cx, node, request, wait)
     }
+
+    fn interrupt_locks(&self) {
+        self.locks.interrupt_all();
+    }
 }

@@ -190,8 +190,13 @@ impl Daemon {
 
     /// CPU time all threads of the daemon and its children have used, from the scheduler's own account.
     pub fn cpu_time(&self) -> Duration {
+        Self::cpu_time_of(&self.processes())
+    }
+
+    /// Like [`Daemon::cpu_time`] for processes that are known already, without a walk through the process table.
+    pub fn cpu_time_of(processes: &[u32]) -> Duration {
         let mut nanoseconds = 0u64;
-        for pid in self.processes() {
+        for &pid in processes {
             for task in tasks_of(pid) {
                 let account = std::fs::read_to_string(format!("/proc/{pid}/task/{task}/schedstat"));
                 nanoseconds += account

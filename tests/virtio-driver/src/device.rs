@@ -136,7 +136,10 @@ impl Device {
             event_idx: self.options.event_idx,
             completion: self.options.completion,
         };
-        Ring::new(&self.memory, config)
+        let mut ring = Ring::new(&self.memory, config)?;
+        let socket = self.frontend.socket().try_clone();
+        ring.watch_connection(socket.map_err(|e| Error::os("copy the socket's descriptor", e))?.into());
+        Ok(ring)
     }
 
     /// Adds memory while the device runs.

@@ -9,7 +9,7 @@
 //! objects share pages, page buffers are whole pages.
 
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -308,6 +308,22 @@ impl DpuBuffer {
         let mut value = T::new_zeroed();
         self.read(offset, value.as_mut_bytes());
         value
+    }
+
+    /// `pread` of up to `len` bytes of a file straight into the buffer, as a daemon does it. Returns the bytes read.
+    pub fn read_from_file(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<usize> {
+        let to = self.region.at(self.check(0, len), len);
+        // SAFETY: `at` checked the destination; the kernel writes at most `len` bytes there.
+        let read = unsafe { libc::pread(file.as_raw_fd(), to.cast(), len, offset as libc::off_t) };
+        usize::try_from(read).map_err(|_| Error::os("read a file", std::io::Error::last_os_error()))
+    }
+
+    /// `pwrite` of the first `len` bytes of the buffer, as a daemon does it. Returns the bytes written.
+    pub fn write_to_file(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<usize> {
+        let from = self.region.at(self.check(0, len), len);
+        // SAFETY: `at` checked the source; the kernel only reads it.
+        let written = unsafe { libc::pwrite(file.as_raw_fd(), from.cast(), len, offset as libc::off_t) };
+        usize::try_from(written).map_err(|_| Error::os("write a file", std::io::Error::last_os_error()))
     }
 
     fn atomic<T>(&self, offset: usize) -> *mut T {

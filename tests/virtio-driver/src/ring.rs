@@ -203,6 +203,8 @@ pub struct Ring {
     published: u16,
     last_used: u16,
     stats: RingStats,
+    /// Connection whose end means that the device is gone.
+    connection: Option<OwnedFd>,
 }
 
 impl Ring {
@@ -228,6 +230,7 @@ impl Ring {
             published: 0,
             last_used: 0,
             stats: RingStats::default(),
+            connection: None,
         };
         ring.table.fill(0);
         ring.avail.fill(0);
@@ -239,6 +242,11 @@ impl Ring {
     /// What was negotiated.
     pub fn config(&self) -> RingConfig {
         self.config
+    }
+
+    /// Lets a wait end with [`Error::Disconnected`] when the other end of this socket closes it.
+    pub fn watch_connection(&mut self, socket: OwnedFd) {
+        self.connection = Some(socket);
     }
 
     /// Changes how completions are learned of. Takes effect with the next wait.
@@ -410,6 +418,9 @@ impl Ring {
             if looks.is_multiple_of(1024) && start.elapsed() > limit {
                 return Err(self.timeout(limit));
             }
+            if looks.is_multiple_of(SPINS_BEFORE_YIELD) {
+                self.expect_connection()?;
+            }
             // A device that takes longer than a wake-up may need this CPU; benchmarks never come here.
             if looks > SPINS_BEFORE_YIELD { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
@@ -427,10 +438,30 @@ impl Ring {
             }
             let left = limit.checked_sub(start.elapsed()).ok_or_else(|| self.timeout(limit))?;
             let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-            match rustix::event::poll(&mut [PollFd::new(&self.call, PollFlags::IN)], Some(&left)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => self.drain_call(),
+            let mut events = vec![PollFd::new(&self.call, PollFlags::IN)];
+            events.extend(self.connection.as_ref().map(|socket| PollFd::new(socket, PollFlags::RDHUP)));
+            match rustix::event::poll(&mut events, Some(&left)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(Error::os("wait for the call eventfd", e)),
             }
+            self.drain_call();
+            if let Some(used) = self.take_used()? {
+                return Ok(used);
+            }
+            self.expect_connection()?;
+        }
+    }
+
+    /// An error if the other end of the connection has closed it.
+    fn expect_connection(&self) -> Result<()> {
+        let Some(socket) = &self.connection else { return Ok(()) };
+        let mut events = [PollFd::new(socket, PollFlags::RDHUP)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match rustix::event::poll(&mut events, Some(&now)) {
+            Ok(1..) => {
+                Err(Error::Disconnected { during: format!("{} chains were outstanding", self.in_flight) })
+            }
+            _ => Ok(()),
         }
     }
 

@@ -26,6 +26,7 @@ pub fn try_wait_for<T>(
         if start.elapsed() >= limit {
             return Err(Error::Timeout { what: what.to_owned(), waited: limit });
         }
+        // wait-loop: `look` yields a value.
         std::thread::sleep(PAUSE);
     }
 }

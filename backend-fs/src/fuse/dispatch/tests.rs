@@ -308,11 +308,14 @@ fn the_caller_is_passed_on() {
     dpu.ask(Opcode::Lookup, 5, b"name\0", 128);
     assert_eq!(dpu.fs.caller(), (1000, 100, 42, None));
     let group = [16_u32, 32, 1, 77].map(u32::to_le_bytes).concat();
-    let body = [&abi::MkdirIn::default().as_bytes()[..], b"dir\0", &group].concat();
+    let body = [abi::MkdirIn::default().as_bytes(), b"dir\0", &group].concat();
     let mut bytes = request(Opcode::Mkdir as u32, 5, &body);
     bytes[36..38].copy_from_slice(&2_u16.to_le_bytes());
     assert_eq!(dpu.send(&bytes, 144, false).0, Served::Reply(144));
     assert_eq!(dpu.fs.caller(), (1000, 100, 42, Some(vec![77])));
+    let body = [abi::MkdirIn::default().as_bytes(), b"dir\0"].concat();
+    dpu.ask(Opcode::Mkdir, 5, &body, 128);
+    assert_eq!(dpu.fs.caller(), (1000, 100, 42, Some(vec![])), "none of the caller's groups matters");
 }
 
 /// `struct fuse_attr` of `notes::ATTR`.
@@ -472,6 +475,18 @@ fn what_is_not_served_is_enosys() {
     }
     assert_eq!(dpu.session.totals().unknown, 10);
     assert!(dpu.fs.notes().is_empty());
+}
+
+#[test]
+fn a_sync_that_is_not_there_is_an_error_and_not_a_promise() {
+    let mut dpu = Dpu::mounted();
+    dpu.fs.fail_with(Some(Errno::NOSYS));
+    for opcode in [Opcode::Fsync, Opcode::Fsyncdir] {
+        let (_, reply) = dpu.send(&request(opcode as u32, 5, &example(opcode).0), 16, true);
+        assert_eq!(errno_of(&reply), Some(Errno::IO));
+    }
+    // Elsewhere it is the right way to say that there is no such thing.
+    assert_eq!(dpu.errno(Opcode::Removexattr, b"user.a\0", 0), Errno::NOSYS);
 }
 
 #[test]
@@ -741,6 +756,42 @@ fn a_file_system_that_claims_more_than_there_is_is_not_believed() {
     assert_eq!(dpu.body(Opcode::Read, &body, room).len(), 100);
     let (body, room) = example(Opcode::Write);
     assert_eq!(dpu.body(Opcode::Write, &body, room), [4, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+/// A queue that mounts and unmounts over and over must neither stop nor break one that works.
+#[test]
+fn other_queues_go_on_while_the_session_changes() {
+    let Dpu { memory, fs, session, .. } = Dpu::mounted();
+    let serve_one = |scratch: &mut Scratch, at: u64, bytes: &[u8]| {
+        memory.write(at, bytes).unwrap();
+        let mut chain = Chain::for_memory(&memory, &[(at, bytes.len())], &[(at + 4096, 160)]).unwrap();
+        let served = serve(&fs, &session, &mut chain, scratch, false);
+        let mut reply = [0; 16];
+        memory.read(at + 4096, &mut reply).unwrap();
+        (served, errno_of(&reply))
+    };
+    std::thread::scope(|scope| {
+        for queue in 0..2 {
+            let mut scratch = Scratch::new(&session);
+            let serve_one = &serve_one;
+            scope.spawn(move || {
+                let lookup = request(Opcode::Lookup as u32, 5, b"name\0");
+                for _ in 0..2000 {
+                    match serve_one(&mut scratch, 16384 * (queue + 1), &lookup) {
+                        (Served::Reply(144), None) | (Served::Reply(16), Some(Errno::IO)) => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+            });
+        }
+        let mut scratch = Scratch::new(&session);
+        for _ in 0..500 {
+            assert_eq!(serve_one(&mut scratch, 0, &request(26, 0, init_in().as_bytes())).1, None);
+            assert_eq!(serve_one(&mut scratch, 0, &request(38, 0, b"")).1, None);
+        }
+    });
+    let totals = session.totals();
+    assert_eq!((totals.operation(Opcode::Lookup), totals.operation(Opcode::Destroy)), (4000, 500));
 }
 
 proptest! {

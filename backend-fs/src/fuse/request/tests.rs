@@ -428,7 +428,7 @@ fn with_extensions(body: &[u8], total_extlen: u16, layout: Layout) -> Result<(St
     let message = Message { header, body, body_len: body.len(), room: ROOM };
     parse(Opcode::Mkdir, &message, layout).map(|(request, extensions)| {
         let label = extensions.label.map_or(String::new(), |(name, value)| format!(" {name:?} {value:?}"));
-        (format!("{request:?}{label}"), extensions.groups.and_then(|groups| groups.first().copied()))
+        (format!("{request:?}{label}"), extensions.groups.and_then(|groups| groups.ids().first().copied()))
     })
 }
 

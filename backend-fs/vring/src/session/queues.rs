@@ -78,9 +78,8 @@ impl<D: Device> Session<'_, D> {
         let (index, _) = self.queue(state.index)?;
         self.stop(index);
         let (_, queue) = self.queue(state.index)?;
-        // The specification ties these to a running ring; a new start brings new ones.
+        // The next kick descriptor starts it again; the others stay, front ends set them only once.
         queue.kick = None;
-        queue.call = None;
         Ok(VringState { index: state.index, num: u32::from(queue.base) })
     }
 
@@ -201,6 +200,10 @@ impl<D: Device> Session<'_, D> {
         }
         if let Some(ring) = self.device.stop(index) {
             queue.base = ring.base();
+            (queue.kick, queue.call, queue.err) = {
+                let (kick, call, err) = ring.into_notifiers();
+                (Some(kick), call, err)
+            };
             tracing::debug!(queue = index, base = queue.base, "queue stopped");
         }
     }

@@ -97,7 +97,7 @@ impl NotingFs {
 
     /// Remembers where the data lies and gives the number of bytes to claim.
     fn data(&self, slices: Slices, honest: usize) -> usize {
-        let host = self.memory.regions().next().unwrap().host_addr as usize;
+        let host = self.memory.regions().next().unwrap().host_addr;
         let mut state = self.state.lock().unwrap();
         state.first_slice =
             slices.as_iovecs().first().map_or(0, |first| (first.iov_base as usize - host) as u64);
