@@ -181,7 +181,7 @@ impl<F: FileSystem + 'static> Device for FsDevice<F> {
     }
 
     fn pause(&mut self, index: u16) -> Option<Ring> {
-        self.worker(index)?.pause(index)
+        self.worker(index)?.pause(index, DRAIN_LIMIT)
     }
 
     fn stop(&mut self, index: u16) -> Option<Ring> {
@@ -210,7 +210,8 @@ pub fn describe(memory: &DpuMemory) -> String {
         }
     }
     let mib = |bytes: u64| bytes >> 20;
-    let mut text = format!("DPU memory: {} MiB in {regions} regions", mib(bytes));
+    let plural = if regions == 1 { "" } else { "s" };
+    let mut text = format!("DPU memory: {} MiB in {regions} region{plural}", mib(bytes));
     if huge > 0 {
         text += &format!(", {} MiB of it in hugepages of {} KiB", mib(huge), page_size >> 10);
     }

@@ -189,7 +189,7 @@ impl<D: Device> Session<'_, D> {
                 change(&mut ring);
                 self.resume(index, ring)
             }
-            None => Err(Refused::NoQueue(u32::from(index))),
+            None => Err(Refused::Stuck(index)),
         }
     }
 
@@ -236,7 +236,7 @@ impl<D: Device> Session<'_, D> {
 
     fn remap(&mut self, index: u16) -> Result<(), Refused> {
         let Some(mut ring) = self.device.pause(index) else {
-            return Err(Refused::NoQueue(u32::from(index)));
+            return Err(Refused::Stuck(index));
         };
         match ring.remap(Arc::clone(&self.memory)) {
             Ok(()) => self.resume(index, ring),
@@ -289,7 +289,7 @@ impl<D: Device> Session<'_, D> {
                 continue;
             }
             let Some(mut ring) = self.device.pause(index) else {
-                return Err(Refused::NoQueue(u32::from(index)));
+                return Err(Refused::Stuck(index));
             };
             self.set_ring_log(&mut ring);
             self.resume(index, ring)?;
