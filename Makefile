@@ -47,8 +47,10 @@ bench: setup build  ## Side by side with virtiofsd, the C virtiofsd and the bare
 
 .PHONY: fuzz
 fuzz:  ## Run every fuzz target for FUZZ_SECONDS (needs cargo-fuzz).
-	for target in $$(cd tests/fuzz && cargo fuzz list); do \
-	  (cd tests/fuzz && RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS)) || exit 1; \
+	for target in $$(cargo fuzz list --fuzz-dir tests/fuzz); do \
+	  mkdir -p .cache/fuzz/$$target; \
+	  RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target .cache/fuzz/$$target \
+	    tests/fuzz/corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) || exit 1; \
 	done
 
 .PHONY: install

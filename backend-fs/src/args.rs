@@ -336,7 +336,10 @@ pub struct Args {
     )]
     pub poll_us: u32,
 
-    /// Threads beside the queue workers that run requests; 0: none
+    /// Threads for requests that wait for the host's disks; 0: four
+    ///
+    /// They are started when a request would hold up its queue, and end when there is no more work for
+    /// them. Locks that are waited for have threads of their own.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = RESOURCES)]
     pub thread_pool_size: usize,
 
@@ -352,7 +355,7 @@ pub struct Args {
 
     /// Inodes the DPU may hold references to at a time
     ///
-    /// Bounds the daemon's memory. Beyond it, a look-up fails on the DPU with ENFILE.
+    /// Bounds the daemon's memory. Beyond it, a look-up fails on the DPU with ENOMEM.
     #[arg(
         long, value_name = "N", default_value_t = 16 << 20, value_parser = values::budget,
         help_heading = RESOURCES

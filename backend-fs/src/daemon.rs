@@ -5,26 +5,26 @@
 //!                                          └─ server: enter ─ export ─ seal ─ ready ─ serve…
 //! ```
 //!
-//! Up to `split` nothing has been given up and any failure leaves no trace. The stages of the
-//! isolation are described in [`crate::sandbox`].
+//! Up to `split` nothing has been given up, and a failure leaves no trace. The stages of the isolation are
+//! described in [`crate::sandbox`], the server's part after them in [`server`].
+#![forbid(unsafe_code)]
 
 pub mod notify;
+pub mod server;
 pub mod supervise;
 
+use std::io;
+use std::path::PathBuf;
+
+use vring::session::SessionError;
+
 use crate::config::Config;
-use crate::sandbox::seccomp::{Call, RUNTIME_CALLS};
+use crate::sandbox::process::{Side, split};
+use crate::sandbox::signals::SignalFd;
 use crate::{limits, listener, sandbox};
+use notify::Notifier;
 
-/// System calls of the server besides those of the modules it runs.
-const CALLS: &[Call] = &[
-    #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_poll, "waiting for signals and front ends"),
-    Call::any(libc::SYS_ppoll, "as poll, on architectures without it"),
-    Call::any(libc::SYS_read, "signalfd"),
-];
-
-/// Everything the sealed server may ask of the kernel.
-pub const SERVER_CALLS: &[&[Call]] = &[RUNTIME_CALLS, CALLS, listener::CALLS];
+pub use server::{SERVER_CALLS, log_panics};
 
 /// Why the daemon could not start, or failed.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +38,28 @@ pub enum Error {
     /// Isolation.
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
+    /// The export cannot be served.
+    #[error("--shared-dir {}: cannot serve it", .export.display())]
+    Export {
+        /// The export.
+        export: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// What the server needs besides.
+    #[error("cannot start serving: {step}")]
+    Start {
+        /// The step.
+        step: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The socket failed.
+    #[error("cannot accept front ends")]
+    Accept(#[source] io::Error),
+    /// The front end's session ended badly.
+    #[error(transparent)]
+    Session(#[from] SessionError),
     /// The server ended with this code and has said why.
     #[error("the serving process ended with exit code {0}")]
     Mirrored(u8),
@@ -52,9 +74,6 @@ pub enum Error {
     /// The server did not end in time.
     #[error("the serving process did not end within {} seconds and was killed", supervise::GRACE.as_secs())]
     Stuck,
-    /// This build has no device.
-    #[error("this build cannot serve {}", .0.display())]
-    NoDevice(std::path::PathBuf),
 }
 
 impl Error {
@@ -73,19 +92,32 @@ impl Error {
     }
 }
 
-/// Serves until the front end is gone for good or a signal ends the daemon.
+/// Serves until the front end is gone for good or a signal ends the daemon. Returns in two processes, the
+/// supervisor and the server; each then ends with what was returned to it.
 ///
 /// # Errors
-/// [`Error`]. In the supervisor as well as in the server: this function returns in both.
-pub fn run(config: Config) -> Result<(), Error> {
-    Err(Error::NoDevice(config.shared_dir.as_path().to_owned()))
-}
-
-/// Makes panics log lines. The standard hook would also want to read this program's own file for a
-/// backtrace, which the sandbox forbids.
-pub fn log_panics() {
-    std::panic::set_hook(Box::new(|info| {
-        let thread = std::thread::current();
-        tracing::error!("thread {}: {info}", thread.name().unwrap_or("without a name"));
-    }));
+/// [`Error`].
+pub fn run(mut config: Config) -> Result<(), Error> {
+    let limit = limits::apply(config.sandbox.rlimit_nofile)?;
+    let budget = config.fd_budget(limit)?;
+    config.host.fd_budget = budget;
+    tracing::debug!("open files: {limit}, of them {budget} for the DPU");
+    if (budget as u64) < limits::SMALL_BUDGET {
+        tracing::warn!("only {budget} open files are left for the DPU; raise --rlimit-nofile");
+    }
+    let signals = SignalFd::take_over()?;
+    let notifier = Notifier::from_environment();
+    let (socket, leftovers) = listener::open(&config.listen.endpoint)?;
+    match split(&config.sandbox)? {
+        Side::Supervisor(supervisor) => {
+            // The server's copy is the only one: when it closes the socket, nobody can connect any more.
+            drop(socket);
+            supervise::supervise(supervisor, &config.sandbox, &signals, &notifier, leftovers)
+        }
+        Side::Server(link) => {
+            leftovers.forget();
+            drop(notifier);
+            server::run(config, link, socket, signals)
+        }
+    }
 }

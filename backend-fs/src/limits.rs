@@ -139,7 +139,7 @@ pub fn apply(request: Option<u64>) -> Result<u64, Error> {
             }
             match set(current.hard, current.hard) {
                 Ok(()) => {
-                    tracing::info!(
+                    tracing::debug!(
                         "limit of open files: {} (the hard limit; {wanted} is not permitted)",
                         current.hard
                     );

@@ -45,10 +45,7 @@ const BACKLOG: i32 = 8;
 const PID_FILE_ATTEMPTS: u32 = 16;
 
 /// System calls of accepting front ends.
-pub const CALLS: &[Call] = &[
-    Call::any(libc::SYS_accept4, "the front end's connection"),
-    Call::with(libc::SYS_getsockopt, 1, libc::SOL_SOCKET as u32, "who connected (SO_PEERCRED)"),
-];
+pub const CALLS: &[Call] = &[Call::any(libc::SYS_accept4, "the front end's connection")];
 
 /// Why there is no endpoint.
 #[derive(Debug, thiserror::Error)]

@@ -136,6 +136,9 @@ impl Context {
     }
 
     fn take(&self, record: Locked, plan: &Plan) -> Result<Vec<Entry>, Failure> {
+        if plan.shares.is_empty() {
+            return Ok(vec![]);
+        }
         let mut reservation = Reservation::begin(&self.host, record, plan).map_err(Failure::failed)?;
         let bar = ProgressBar::new(reservation.progress().total);
         if let Ok(style) = ProgressStyle::with_template("reserving {bar:30} {pos}/{len} pages of {msg}") {
@@ -184,7 +187,7 @@ impl Context {
         if args.json {
             let list: Vec<_> = released
                 .iter()
-                .map(|r| json!({"page_size": r.page, "node": r.node, "pages": r.pages, "still_used": r.still_used}))
+                .map(|r| json!({"page_size": r.page, "node": r.node, "pages": r.pages, "still_used": r.still_used, "kept": r.kept}))
                 .collect();
             return Ok(pretty(&json!({ "released": list })));
         }
@@ -200,6 +203,13 @@ impl Context {
                 0 => writeln!(text, "."),
                 n => writeln!(text, "; {n} of them are in use and go when their user ends."),
             };
+            if r.kept > 0 {
+                let _ = writeln!(
+                    text,
+                    "The kernel kept {} more: run `dpu-hugepages release` again when their users have ended.",
+                    r.kept
+                );
+            }
         }
         Ok(text)
     }
@@ -376,7 +386,8 @@ fn pretty(value: &serde_json::Value) -> String {
 }
 
 fn id_of(name: &str, kind: &str, find: fn(&str) -> std::io::Result<Option<u32>>) -> Result<u32, Failure> {
-    if let Ok(id) = name.parse() {
+    // Root is 0 everywhere, also where there is no list of users.
+    if let Some(id) = name.parse().ok().or((name == "root").then_some(0)) {
         return Ok(id);
     }
     match find(name) {
@@ -413,7 +424,11 @@ fn report_taken(plan: &Plan, request: &Request, taken: &[Entry], as_json: bool) 
     }
     let nodes: Vec<_> = taken.iter().map(|e| format!("node {}: {}", e.node, e.pages)).collect();
     let memory = Bytes(pages.saturating_mul(plan.page.bytes()));
-    format!("Reserved {pages} hugepages of {} ({memory}; {}).\n", plan.page, nodes.join(", "))
+    let surplus = match plan.shares.iter().map(|s| s.converts).sum() {
+        0u64 => String::new(),
+        n => format!(" {n} of them were surplus pages in use, which stay in the pool from now on."),
+    };
+    format!("Reserved {pages} hugepages of {} ({memory}; {}).{surplus}\n", plan.page, nodes.join(", "))
 }
 
 fn nothing_missing(plan: &Plan, request: &Request) -> String {

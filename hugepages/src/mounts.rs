@@ -65,8 +65,8 @@ fn parse_mountinfo(text: &str, default: Option<PageSize>) -> Vec<HugetlbMount> {
             let (name, value) = option.split_once('=').unwrap_or((option, ""));
             match name {
                 "pagesize" => mount.page_size = value.parse().ok(),
-                "size" => mount.size = value.parse::<Bytes>().ok().map(|b| b.0),
-                "min_size" => mount.min_size = value.parse::<Bytes>().ok().map(|b| b.0),
+                "size" => mount.size = limit(value),
+                "min_size" => mount.min_size = limit(value),
                 "uid" => mount.uid = value.parse().unwrap_or(0),
                 "gid" => mount.gid = value.parse().unwrap_or(0),
                 "mode" => mount.mode = u32::from_str_radix(value, 8).unwrap_or(0o755),
@@ -78,6 +78,12 @@ fn parse_mountinfo(text: &str, default: Option<PageSize>) -> Vec<HugetlbMount> {
         mounts.push(mount);
     }
     mounts
+}
+
+/// The kernel writes limits in bytes, without a unit.
+fn limit(value: &str) -> Option<u64> {
+    let bytes = value.parse().ok().or_else(|| value.parse::<Bytes>().ok().map(|b| b.0));
+    bytes.filter(|b| *b > 0)
 }
 
 /// `\040` and its like, which the kernel writes for blanks, tabs, newlines and backslashes.
@@ -325,7 +331,7 @@ mod tests {
     const MOUNTINFO: &str = "\
 21 1 0:20 / /sys rw,nosuid - sysfs sysfs rw
 30 21 0:17 / /dev/hugepages rw,relatime shared:9 - hugetlbfs hugetlbfs rw,pagesize=2M
-31 21 0:18 / /mnt/huge\\0401G rw,nosuid - hugetlbfs none rw,seclabel,uid=64055,gid=107,mode=1770,pagesize=1024M,size=4194304K,min_size=1048576K
+31 21 0:18 / /mnt/huge\\0401G rw,nosuid - hugetlbfs none rw,seclabel,uid=64055,gid=107,mode=1770,pagesize=1024M,size=4294967296,min_size=1073741824
 ";
 
     fn wish() -> MountWish {

@@ -10,8 +10,7 @@
 //! States: begun (record says pending) → stepping → finished (record says taken) or rolled back (record as before).
 //!
 //! Pages are counted without surplus pages throughout (`nr_hugepages - surplus_hugepages`): that is the number the
-//! kernel steers to. Kernels before 6.16 add the surplus of the *other* nodes to a per-node wish, so each change is
-//! read back and the wish corrected by what it overshot.
+//! kernel steers to.
 
 use crate::plan::{Plan, PlanError, Request, plan};
 use crate::size::{Bytes, PageSize};
@@ -362,10 +361,8 @@ fn give_back_place<K: Kernel>(kernel: &K, page: PageSize, place: &mut Place) -> 
     let now = kernel.pool_pages(place.node, page)?;
     let taken = now.saturating_sub(place.before).min(place.want);
     let give = taken.min(kernel.idle_pages(place.node, page)?);
-    if give > 0 {
-        steer(kernel, place.node, page, now - give)?;
-    }
-    Ok(taken - give)
+    let gone = shrink(kernel, place.node, page, now, give)?;
+    Ok(taken.saturating_sub(gone))
 }
 
 impl<K: Kernel> Drop for Reservation<'_, K> {
@@ -387,16 +384,10 @@ enum Advance {
     Short(Box<Shortfall>),
 }
 
-/// Wishes for a pool size, reads what became of it, and corrects a wish that the kernel overshot. Returns the size.
+/// Wishes for a pool size and reads what became of it.
 fn steer<K: Kernel>(kernel: &K, node: u32, page: PageSize, target: u64) -> Result<u64, SysfsError> {
     kernel.set_pool_pages(node, page, target)?;
-    let mut reached = kernel.pool_pages(node, page)?;
-    if reached > target {
-        // `target - excess` is the wish that old kernels turn into `target`; see the module's header.
-        kernel.set_pool_pages(node, page, target.saturating_sub(reached - target))?;
-        reached = kernel.pool_pages(node, page)?;
-    }
-    Ok(reached)
+    kernel.pool_pages(node, page)
 }
 
 /// Plans and carries out a whole request under the lock. For callers that show no progress.
@@ -436,6 +427,8 @@ pub struct Released {
     pub pages: u64,
     /// Of these, pages still in use; each goes when its user ends (only after a lazy release).
     pub still_used: u64,
+    /// Pages on top of these that the kernel did not let go of. They stay on record for another `release`.
+    pub kept: u64,
 }
 
 /// Gives back recorded pages. Either all of them are idle, or nothing is changed (unless the selection is lazy).
@@ -453,18 +446,40 @@ pub fn release<K: Kernel>(
             return Err(ReserveError::InUse { page: *page, node: *node, wanted: *pages, idle });
         }
     }
+    // Idle pages first, on all nodes: what is left is in use, and becomes surplus.
     let mut released = vec![];
-    for (page, node, pages) in wanted {
-        let now = kernel.pool_pages(node, page)?;
-        let idle = kernel.idle_pages(node, page)?;
-        let give = pages.min(now);
-        if give > 0 {
-            steer(kernel, node, page, now - give)?;
-        }
-        record.give_back(page, node, pages)?;
-        released.push(Released { page, node, pages: give, still_used: give.saturating_sub(idle) });
+    for (page, node, pages) in &wanted {
+        let there = kernel.pool_pages(*node, *page)?;
+        let idle = kernel.idle_pages(*node, *page)?.min(*pages);
+        let gone = shrink(kernel, *node, *page, there, idle)?;
+        // What somebody else took out of the pool meanwhile is off the record as well.
+        record.give_back(*page, *node, gone + pages.saturating_sub(there))?;
+        released.push(Released { page: *page, node: *node, pages: gone, still_used: 0, kept: 0 });
+    }
+    for (place, (page, node, pages)) in released.iter_mut().zip(&wanted) {
+        let there = kernel.pool_pages(*node, *page)?;
+        let rest = (*pages - place.pages).min(there);
+        place.still_used = shrink(kernel, *node, *page, there, rest)?;
+        place.pages += place.still_used;
+        place.kept = rest - place.still_used;
+        record.give_back(*page, *node, place.still_used)?;
     }
     Ok(released)
+}
+
+/// Takes pages out of a node's pool of `there` pages. Returns how many are gone.
+fn shrink<K: Kernel>(
+    kernel: &K,
+    node: u32,
+    page: PageSize,
+    there: u64,
+    pages: u64,
+) -> Result<u64, SysfsError> {
+    let pages = pages.min(there);
+    if pages == 0 {
+        return Ok(0);
+    }
+    Ok(there.saturating_sub(steer(kernel, node, page, there - pages)?))
 }
 
 fn select_entries(entries: &[Entry], select: &Selection) -> Result<Vec<(PageSize, u32, u64)>, ReserveError> {

@@ -5,7 +5,7 @@
 //! only its holder can read or write the record. The record is written *before* the kernel is asked, as an entry that
 //! is `pending` with the pool's size at that moment; it becomes a plain entry when the pages are there. A process
 //! killed in between leaves a pending entry, and the next one to take the lock settles it from what the pool has
-//! grown by since ([`settle`]). The record carries the kernel's boot id: pools are empty after a reboot, and an old
+//! grown by since. The record carries the kernel's boot id: pools are empty after a reboot, and an old
 //! record must then be forgotten.
 //!
 //! Limit: a program that writes `nr_hugepages` by itself at the same time does not know this lock.
@@ -185,6 +185,7 @@ pub(crate) fn settle<E>(
         }
     }
     settled.retain(|e| e.pages > 0);
+    settled.sort_by_key(|e| (e.page_kib, e.node));
     Ok(settled)
 }
 

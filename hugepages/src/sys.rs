@@ -129,6 +129,37 @@ pub fn nodes_of(addresses: &[usize]) -> io::Result<Vec<Option<u32>>> {
     Ok(status.into_iter().map(|node| u32::try_from(node).ok()).collect())
 }
 
+/// Calls `work` while this thread may take memory from one node only (`set_mempolicy(2)`, `MPOL_BIND`), and puts the
+/// thread's policy back afterwards.
+pub fn bound_to_node<T>(node: u32, work: impl FnOnce() -> T) -> io::Result<T> {
+    // MAX_NUMNODES is at most 1024 (CONFIG_NODES_SHIFT); get_mempolicy refuses a mask that is shorter.
+    const WORDS: usize = 1024 / u64::BITS as usize;
+    const BITS: usize = WORDS * u64::BITS as usize + 1;
+    let mut mask = [0u64; WORDS];
+    let word = mask
+        .get_mut((node / u64::BITS) as usize)
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+    *word = 1 << (node % u64::BITS);
+    let mut old_mode: c_int = 0;
+    let mut old_mask = [0u64; WORDS];
+    // SAFETY: the mode is one int, the mask has `BITS - 1` bits; no address is asked about.
+    let got = unsafe {
+        libc::syscall(libc::SYS_get_mempolicy, &mut old_mode, old_mask.as_mut_ptr(), BITS, 0usize, 0usize)
+    };
+    if got != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let set = |mode: c_int, mask: &[u64; WORDS]| {
+        // SAFETY: the mask has `BITS - 1` bits and is only read.
+        let done = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask.as_ptr(), BITS) };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    set(libc::MPOL_BIND, &mask)?;
+    let result = work();
+    set(old_mode, &old_mask)?;
+    Ok(result)
+}
+
 /// The user id of a user name. None when there is no such user.
 pub fn user_id(name: &str) -> io::Result<Option<u32>> {
     by_name(name, |name, buffer| {
@@ -263,6 +294,20 @@ mod tests {
         mapping.populate(0, 8192, true).unwrap();
         assert_eq!(nodes_of(&[mapping.address(0)]).unwrap(), [Some(node)]);
         assert!(mapping.bind(1000).is_err());
+    }
+
+    #[test]
+    fn a_thread_is_bound_to_a_node_for_as_long_as_it_works() {
+        let policy = || {
+            let text = std::fs::read_to_string("/proc/thread-self/numa_maps").unwrap();
+            text.lines().next().unwrap().split_whitespace().nth(1).unwrap().to_owned()
+        };
+        let before = policy();
+        let node = crate::sysfs::Host::default().nodes().unwrap()[0];
+        assert_eq!(bound_to_node(node, policy).unwrap(), format!("bind:{node}"));
+        assert_eq!(policy(), before);
+        assert!(bound_to_node(1000, || ()).is_err());
+        assert!(bound_to_node(u32::MAX, || ()).is_err());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::plan::{NodeState, Topology};
 use crate::size::PageSize;
+use crate::sys;
 
 /// A file of sysfs or `/proc` that could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -193,10 +194,25 @@ impl Host {
         Ok(total.saturating_sub(self.read_number(dir.join("surplus_hugepages"))?))
     }
 
-    /// Asks the kernel for a pool of `pages` on one node. It gives what it can and reports no shortfall: read
-    /// [`Host::pool_pages`] afterwards. Pages in use that no longer fit become surplus pages.
+    /// Asks the kernel for a pool of `pages` on one node, surplus not counted. It gives what it can and reports no
+    /// shortfall: read [`Host::pool_pages`] afterwards. Pages in use that no longer fit become surplus pages.
+    ///
+    /// While *other* nodes have surplus pages, some kernels (6.1 for one) misread the node's own file by their number
+    /// (`set_max_huge_pages` takes `nr_huge_pages` for the pool's size). Then the pool's file is written instead,
+    /// which takes its nodes from the writing thread's memory policy and means the same in all kernels.
     pub fn set_pool_pages(&self, node: u32, page: PageSize, pages: u64) -> Result<(), SysfsError> {
-        self.write(self.pool_dir(node, page).join("nr_hugepages"), &pages.to_string())
+        let (pool, own) = (self.pool(page)?, self.node(node, page)?);
+        let by_policy = global_dir(page).join("nr_hugepages_mempolicy");
+        if pool.surplus <= own.surplus || !self.path(&by_policy).exists() {
+            return self.write(self.pool_dir(node, page).join("nr_hugepages"), &pages.to_string());
+        }
+        let others = (pool.total - pool.surplus).saturating_sub(own.total.saturating_sub(own.surplus));
+        let text = others.saturating_add(pages).to_string();
+        sys::bound_to_node(node, || self.write(&by_policy, &text)).map_err(|source| SysfsError {
+            what: "bind this thread's memory to one node for",
+            path: by_policy.clone(),
+            source,
+        })?
     }
 
     /// Asks the kernel to compact the node's memory (`Documentation/admin-guide/sysctl/vm.rst`), the whole machine's

@@ -230,6 +230,7 @@ impl Qemu {
             if std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap().contains(part) {
                 return;
             }
+            // wait-loop: the mapping, until the deadline.
             std::thread::sleep(Duration::from_millis(5));
         }
     }

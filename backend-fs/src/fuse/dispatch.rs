@@ -257,7 +257,10 @@ fn run<F: FileSystem>(
         Request::Setlk { wait, .. } => Some(wait),
         _ => None,
     };
-    let groups = extensions.groups.map(Groups::ids);
+    // Linux leaves the extension out when none of the caller's groups matters (fs/fuse/dir.c,
+    // get_create_supp_group): where it could have come, its absence says "none", not "unknown".
+    let known = layout.extensions.groups && opcode.makes_inode();
+    let groups = known.then(|| extensions.groups.map(Groups::ids).unwrap_or_default());
     let cx = Context {
         uid: header.uid,
         gid: header.gid,

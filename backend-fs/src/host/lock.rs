@@ -57,8 +57,9 @@ const LAST_BYTE: u64 = i64::MAX as u64;
 
 const SHARDS: usize = 16;
 
-/// Ranges that an export may hold in all. A kernel lock takes some 200 bytes.
-const MAX_RANGES: usize = 1 << 16;
+/// Ranges that an export may hold in all. Each takes some 200 bytes of kernel memory, and the kernel looks
+/// through those of a file one by one.
+const MAX_RANGES: usize = 1 << 14;
 
 /// How long [`Locks::cancel_all`] waits before it signals again.
 const SIGNAL_AGAIN: Duration = Duration::from_millis(1);
@@ -95,7 +96,15 @@ struct Wait {
 #[derive(Default)]
 struct Registry {
     next: u64,
-    threads: HashMap<u64, (Pid, u64)>,
+    threads: HashMap<u64, Waiter>,
+}
+
+/// A thread that waits: for whom, and before which interruption it began.
+#[derive(Clone, Copy)]
+struct Waiter {
+    thread: Pid,
+    epoch: u64,
+    interruption: u64,
 }
 
 /// All locks of an export.
@@ -110,6 +119,8 @@ pub(super) struct Locks {
     left: Condvar,
     /// Number of the DPU's kernel: each new one cancels what the one before waits for.
     epoch: AtomicU64,
+    /// Number of [`Locks::interrupt_all`] calls so far.
+    interruptions: AtomicU64,
     max_waiters: usize,
 }
 
@@ -144,6 +155,7 @@ impl Locks {
             registry: Mutex::default(),
             left: Condvar::new(),
             epoch: AtomicU64::new(0),
+            interruptions: AtomicU64::new(0),
             max_waiters,
         })
     }
@@ -311,14 +323,18 @@ impl Locks {
         self.epoch.load(Ordering::SeqCst)
     }
 
-    /// Does `sleep`, a blocking system call, so that [`Locks::cancel_all`] can end it.
+    /// Does `sleep`, a blocking system call, so that [`Locks::cancel_all`] and [`Locks::interrupt_all`] can
+    /// end it. A lock that is granted in the moment of an interruption stays granted.
     ///
     /// # Errors
-    /// `EINTR`: cancelled, now or before. `ENOLCK`: too many wait already. Those of `sleep`.
+    /// `EINTR`: cancelled, now or before, or interrupted. `ENOLCK`: too many wait already. Those of `sleep`.
     fn sleep(&self, epoch: u64, sleep: impl Fn() -> Result<()>) -> Result<()> {
         sys::allow_wake_signal()?;
-        let number = {
+        let (number, interruption) = {
             let mut registry = lock(&self.registry);
+            // Read with the registry locked, as the epoch is: an interruption that comes later finds this
+            // thread there.
+            let interruption = self.interruptions.load(Ordering::SeqCst);
             // Raised before the registry is looked through: whoever sees the old value here is seen there.
             if self.epoch() != epoch {
                 return Err(Errno::INTR);
@@ -328,13 +344,16 @@ impl Locks {
             }
             registry.next += 1;
             let number = registry.next;
-            registry.threads.insert(number, (rustix::thread::gettid(), epoch));
-            number
+            let thread = rustix::thread::gettid();
+            registry.threads.insert(number, Waiter { thread, epoch, interruption });
+            (number, interruption)
         };
         let result = loop {
             match sleep() {
                 // Some other signal.
-                Err(Errno::INTR) if self.epoch() == epoch => {}
+                Err(Errno::INTR)
+                    if self.epoch() == epoch && self.interruptions.load(Ordering::SeqCst) == interruption => {
+                }
                 result => break result,
             }
         };
@@ -343,22 +362,35 @@ impl Locks {
         if self.epoch() == epoch { result } else { Err(Errno::INTR) }
     }
 
-    /// Ends every wait with `EINTR`, closes the files by `close_files`, and drops every lock.
-    pub(super) fn cancel_all(&self, close_files: impl FnOnce()) {
-        let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
+    /// Ends every wait with `EINTR`. Locks that are held stay.
+    pub(super) fn interrupt_all(&self) {
+        let interruption = self.interruptions.fetch_add(1, Ordering::SeqCst) + 1;
+        self.wake_until_gone(|waiter| waiter.interruption < interruption);
+    }
+
+    /// Signals the threads that `wanted` names until none of them waits any more.
+    fn wake_until_gone(&self, wanted: impl Fn(&Waiter) -> bool) {
         let mut registry = lock(&self.registry);
         loop {
-            let mut waiting = registry.threads.values().filter(|(_, since)| *since < epoch).peekable();
+            let mut waiting = registry.threads.values().filter(|waiter| wanted(waiter)).peekable();
             if waiting.peek().is_none() {
                 break;
             }
             // They cannot end while the registry is locked.
-            waiting.for_each(|(thread, _)| sys::interrupt_thread(*thread));
+            waiting.for_each(|waiter| sys::interrupt_thread(waiter.thread));
             registry =
                 self.left.wait_timeout(registry, SIGNAL_AGAIN).unwrap_or_else(PoisonError::into_inner).0;
         }
-        drop(registry);
+    }
+
+    /// Closes the files by `close_files`, ends every wait with `EINTR` and drops every lock.
+    ///
+    /// In this order: a request that reads the new epoch finds no file any more, one that found its file
+    /// has read the old epoch.
+    pub(super) fn cancel_all(&self, close_files: impl FnOnce()) {
         close_files();
+        let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
+        self.wake_until_gone(|waiter| waiter.epoch < epoch);
         for shard in &self.owners {
             let nodes: Vec<u64> = lock(shard).keys().copied().collect();
             nodes.into_iter().for_each(|node| self.drop_inode(NodeId(node)));
@@ -425,7 +457,7 @@ impl HostFs {
         // Only a copy is kept while the thread waits: a guard would be one of few.
         let _handle = Guard::into_inner(handle);
         let result = self.set_posix(epoch, node, &owner, &request, &asked, wait);
-        if result == Err(Errno::INTR) {
+        if result == Err(Errno::INTR) && self.locks.epoch() != epoch {
             // Cancelled, perhaps at the moment when the lock was granted.
             self.locks.release_all_at_host(&owner);
         }

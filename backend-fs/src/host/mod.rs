@@ -51,7 +51,7 @@ use arc_swap::Guard;
 use rustix::io::Errno;
 use vring::chain::Slices;
 
-pub use self::sys::SYSCALLS;
+pub use self::sys::CALLS;
 
 use self::fd_budget::FdBudget;
 use self::handle::Handle;
@@ -453,5 +453,9 @@ impl FileSystem for HostFs {
 
     fn setlk(&self, cx: &Context, node: NodeId, request: LockRequest, wait: bool) -> Result<()> {
         self.do_setlk(cx, node, request, wait)
+    }
+
+    fn interrupt_locks(&self) {
+        self.locks.interrupt_all();
     }
 }

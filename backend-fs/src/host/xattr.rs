@@ -113,7 +113,7 @@ impl HostFs {
         let size = LONGEST.min(size as usize);
         self.with_path(fd.as_fd(), |path| {
             if size == 0 {
-                return rustix::fs::getxattr(path, &*name, &mut [0u8; 0][..]);
+                return rustix::fs::getxattr_query(path, &*name);
             }
             let start = value.len();
             value.resize(start + size, 0);
@@ -134,7 +134,7 @@ impl HostFs {
         let inode = self.inode(cx, node)?;
         let fd = self.inodes.fd(&inode)?;
         let host = self.with_path(fd.as_fd(), |path| {
-            let len = rustix::fs::listxattr(path, &mut [0u8; 0][..])?;
+            let len = rustix::fs::listxattr_query(path)?;
             if len == 0 {
                 return Ok(Vec::new());
             }

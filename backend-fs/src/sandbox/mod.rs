@@ -18,7 +18,7 @@
 //! | 3 | server | supplementary groups |
 //! | 4 | server | every path outside the export: `pivot_root` or `chroot` ([`mounts`]); device nodes and set-id bits of the export; write access with `--readonly` |
 //! | 5 | server | capabilities that serving does not need, the bounding and ambient sets, new privileges ([`capabilities`]) |
-//! | 6 | server, file system open | modes `chroot` and `none` without file handles: paths outside the export and `/proc/self/fd` ([`landlock`]) |
+//! | 6 | server, before the first thread | modes `chroot` and `none` without file handles: paths outside the export and `/proc/self/fd` ([`landlock`]) |
 //! | 7 | last, before the first byte of a front end | system calls outside the allow list ([`seccomp`]) |
 //!
 //! # What each mode leaves reachable
@@ -172,10 +172,10 @@ pub struct Confinement<'a> {
 }
 
 impl Confinement<'_> {
-    /// Stages 4 and 5, in the server.
+    /// Stages 4 to 6, in the server.
     ///
     /// # Errors
-    /// [`Error::Mount`], [`Error::Capabilities`], [`Error::CapabilityMissing`].
+    /// [`Error::Mount`], [`Error::Capabilities`], [`Error::CapabilityMissing`], [`Error::Landlock`].
     pub fn enter(&self) -> Result<View, Error> {
         let view = mounts::confine(self.options.mode, self.export, self.readonly)?;
         let keep = capabilities::kept(&self.options.modcaps, self.file_handles);
@@ -184,20 +184,20 @@ impl Confinement<'_> {
         let insist = if geteuid().is_root() { &self.options.modcaps.add } else { &none };
         let left = capabilities::reduce(&keep, insist)?;
         tracing::debug!("capabilities: {}", listing(&left));
+        let file_handles = self.file_handles && capabilities::can_use_file_handles();
+        if landlock::applies(self.options.mode, file_handles) {
+            let enforced = landlock::restrict(&view, self.export)?;
+            tracing::debug!("Landlock: {}", if enforced { "enforced" } else { "not available" });
+        }
         Ok(view)
     }
 
-    /// Stages 6 and 7, in the server, when everything that serving needs is open. `calls` are the tables
-    /// of all modules that run from now on.
+    /// Stage 7, in the server, when everything that serving needs is open. `calls` are the tables of
+    /// all modules that run from now on.
     ///
     /// # Errors
-    /// [`Error::Landlock`], [`Error::Seccomp`].
-    pub fn seal(&self, view: &View, calls: &[&[Call]]) -> Result<(), Error> {
-        let file_handles = self.file_handles && capabilities::can_use_file_handles();
-        if landlock::applies(self.options.mode, file_handles) {
-            let enforced = landlock::restrict(view, self.export)?;
-            tracing::debug!("Landlock: {}", if enforced { "enforced" } else { "not available" });
-        }
+    /// [`Error::Seccomp`].
+    pub fn seal(&self, calls: &[&[Call]]) -> Result<(), Error> {
         seccomp::install(self.options.seccomp, calls)
     }
 }

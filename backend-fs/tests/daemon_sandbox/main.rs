@@ -6,6 +6,8 @@
 //! Cases need root, as the daemon's namespaces do; those of an unprivileged daemon run the probe as
 //! user 65534.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // Helpers of tests fail by panicking, like tests.
+
 mod cases;
 mod forbidden;
 mod probe;

@@ -112,7 +112,7 @@ fn run(plan: &Plan) -> Result<u8, daemon::Error> {
             };
             daemon::log_panics();
             let view = confinement.enter()?;
-            confinement.seal(&view, daemon::SERVER_CALLS)?;
+            confinement.seal(daemon::SERVER_CALLS)?;
             server.ready();
             let words: Vec<&str> = plan.action.iter().map(String::as_str).collect();
             Ok(act(&words, &view, &signals))

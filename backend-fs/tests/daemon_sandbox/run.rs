@@ -82,7 +82,7 @@ impl Probe {
         self
     }
 
-    pub fn as_nobody(mut self) -> Self {
+    pub fn by_nobody(mut self) -> Self {
         // Without groups of its own, `Command` drops root's when it changes the user.
         self.command.uid(NOBODY).gid(NOBODY);
         self
@@ -173,6 +173,7 @@ impl Ran {
 /// Waits until `condition` holds.
 pub fn wait_for(what: &str, patience: Duration, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience;
+    // wait-loop: `condition`, until the deadline
     while !condition() {
         assert!(Instant::now() < deadline, "{what}: not within {patience:?}");
         std::thread::sleep(Duration::from_millis(2));

@@ -211,6 +211,3 @@ impl<'a> Connection<'a> {
         })
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -25,18 +25,18 @@
 //! other; without, a flag. While a worker polls, kicks are off ([`Ring::disarm_kick`]); before it
 //! sleeps it arms them ([`Ring::arm_kick`]) and looks once more, so that no request is missed.
 
+mod config;
+mod notifier;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::OFlags;
+pub use config::{Kick, MAX_QUEUE_SIZE, RingAddresses, RingConfig, RingCounters, RingError};
+use notifier::Notifier;
 
 use crate::chain::{Abandoned, Chain};
 use crate::memory::{DirtyLog, DpuMemory};
-
-/// Largest queue (virtio 1.2 section 2.7).
-pub const MAX_QUEUE_SIZE: u32 = 32768;
 
 /// Pieces of memory that the chains in flight of one ring may hold together (24 MiB of bookkeeping).
 /// A full 1024-entry queue of 1 MiB requests in 4 KiB pages needs a quarter of it.
@@ -57,53 +57,6 @@ const F_INDIRECT: u16 = 4;
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
 
-/// Why a ring cannot be used, or can no longer be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RingError {
-    /// Not a power of two, 0, or too large.
-    #[error("queue {index}: size {size} is not a power of two from 1 to {MAX_QUEUE_SIZE}")]
-    Size {
-        /// Queue.
-        index: u16,
-        /// Size that was asked for.
-        size: u32,
-    },
-    /// An area is not aligned as virtio wants it.
-    #[error("queue {index}: {area} at {addr:#x} is not aligned")]
-    Alignment {
-        /// Queue.
-        index: u16,
-        /// Which of the three.
-        area: &'static str,
-        /// Front end address.
-        addr: u64,
-    },
-    /// An area does not lie inside one shared region.
-    #[error("queue {index}: {area} at {addr:#x} does not lie in shared memory")]
-    NotShared {
-        /// Queue.
-        index: u16,
-        /// Which of the three.
-        area: &'static str,
-        /// Front end address.
-        addr: u64,
-    },
-    /// The available index cannot be right.
-    #[error(
-        "queue {index}: available index {available} is more than {size} ahead of {next}; the queue stops"
-    )]
-    Broken {
-        /// Queue.
-        index: u16,
-        /// What the DPU wrote.
-        available: u16,
-        /// Next entry to be taken.
-        next: u16,
-        /// Queue size.
-        size: u16,
-    },
-}
-
 /// Why one chain was returned unserved. Only counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum BadChain {
@@ -115,64 +68,6 @@ enum BadChain {
     ZeroLength,
     Order,
     NotShared,
-}
-
-/// Where the three areas lie, in the front end's own addresses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RingAddresses {
-    /// Descriptor table.
-    pub descriptors: u64,
-    /// Available ring.
-    pub available: u64,
-    /// Used ring.
-    pub used: u64,
-}
-
-/// How the DPU tells that there is work.
-#[derive(Debug)]
-pub enum Kick {
-    /// It writes to this eventfd.
-    Event(OwnedFd),
-    /// It does not; the ring is to be polled.
-    Poll,
-}
-
-/// Everything a ring is made of. Without `call` or `err` those signals are not sent.
-#[derive(Debug)]
-pub struct RingConfig {
-    /// Queue.
-    pub index: u16,
-    /// Entries.
-    pub size: u32,
-    /// Areas.
-    pub addresses: RingAddresses,
-    /// Next available entry to take.
-    pub base: u16,
-    /// `VIRTIO_RING_F_EVENT_IDX` was negotiated.
-    pub event_idx: bool,
-    /// `VIRTIO_RING_F_INDIRECT_DESC` was negotiated.
-    pub indirect: bool,
-    /// How work is announced.
-    pub kick: Kick,
-    /// Interrupts the DPU.
-    pub call: Option<OwnedFd>,
-    /// Tells the front end that the queue broke.
-    pub err: Option<OwnedFd>,
-}
-
-/// Counters of one ring, read by others at any time.
-#[derive(Debug, Default)]
-pub struct RingCounters {
-    /// Available entries taken.
-    pub chains: AtomicU64,
-    /// Of these, malformed and returned with length 0.
-    pub bad_chains: AtomicU64,
-    /// Of these, dropped by whoever served them and returned with length 0.
-    pub abandoned_chains: AtomicU64,
-    /// Times the worker was woken by the DPU.
-    pub kicks: AtomicU64,
-    /// Interrupts sent.
-    pub signals: AtomicU64,
 }
 
 /// Adds to a counter that only one thread writes.
@@ -246,34 +141,6 @@ pub struct Ring {
 // with the DPU and only accessed through atomics and volatile copies, from whichever thread owns the
 // ring.
 unsafe impl Send for Ring {}
-
-/// An event descriptor that is written without ever blocking.
-#[derive(Debug)]
-struct Notifier {
-    fd: OwnedFd,
-    /// The descriptor is in blocking mode, which is the front end's to choose.
-    blocking: bool,
-}
-
-impl Notifier {
-    fn new(fd: OwnedFd) -> Notifier {
-        let blocking = !rustix::fs::fcntl_getfl(&fd).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
-        Notifier { fd, blocking }
-    }
-
-    /// Adds one. A full or closed descriptor is the front end's loss.
-    fn signal(&self) {
-        if self.blocking {
-            // An eventfd blocks its writer only when it is full, and then it is signalled anyway.
-            let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
-            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-            if poll(&mut fds, Some(&now)).is_err() || !fds[0].revents().contains(PollFlags::OUT) {
-                return;
-            }
-        }
-        let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
-    }
-}
 
 impl Areas {
     fn find(memory: &DpuMemory, index: u16, size: u16, at: RingAddresses) -> Result<Areas, RingError> {

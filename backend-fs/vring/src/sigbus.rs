@@ -171,3 +171,59 @@ fn notify(event: RawFd) {
     // SAFETY: `one` is eight readable bytes; a bad descriptor only makes the call fail.
     let _ = unsafe { libc::write(event, (&raw const one).cast(), 8) };
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use super::*;
+
+    /// Runs the test `name` of this binary in a process of its own, with a variable that makes it do
+    /// the deadly thing. Returns the signal that ended it.
+    fn die(name: &str) -> Option<i32> {
+        let exe = std::env::current_exe().unwrap();
+        let full_name = format!("sigbus::tests::{name}");
+        let mut child = Command::new(exe);
+        child.args(["--exact", &full_name, "--nocapture"]).env("SIGBUS_TEST_DIE", name);
+        child.output().unwrap().status.signal()
+    }
+
+    fn must_die(name: &str) -> bool {
+        std::env::var("SIGBUS_TEST_DIE").is_ok_and(|value| value == name)
+    }
+
+    fn guarded() -> Guard {
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        register(0x1000, 0x1000, 0x1000, Arc::new(event)).unwrap()
+    }
+
+    #[test]
+    fn sent_signal_keeps_its_default_action() {
+        if must_die("sent_signal_keeps_its_default_action") {
+            let _guard = guarded();
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::BUS).unwrap();
+            return;
+        }
+        assert_eq!(die("sent_signal_keeps_its_default_action"), Some(libc::SIGBUS));
+    }
+
+    #[test]
+    fn fault_outside_of_registered_mappings_keeps_its_default_action() {
+        if must_die("fault_outside_of_registered_mappings_keeps_its_default_action") {
+            let _guard = guarded();
+            let fd = rustix::fs::memfd_create(c"sigbus", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+            let flags = rustix::mm::MapFlags::SHARED;
+            // SAFETY: a fresh mapping of an empty file; reading it faults, which is the point.
+            unsafe {
+                let address = std::ptr::null_mut();
+                let base =
+                    rustix::mm::mmap(address, 4096, rustix::mm::ProtFlags::READ, flags, &fd, 0).unwrap();
+                base.cast::<u8>().read_volatile();
+            }
+            return;
+        }
+        let signal = die("fault_outside_of_registered_mappings_keeps_its_default_action");
+        assert_eq!(signal, Some(libc::SIGBUS));
+    }
+}

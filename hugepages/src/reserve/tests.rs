@@ -1,5 +1,5 @@
 //! Reservation against a model of the kernel's pools, for what a healthy machine does not do on demand: nodes that
-//! run dry, fragmentation that compaction heals, old kernels that overshoot, pages that come into use meanwhile.
+//! run dry, fragmentation that compaction heals, writes that fail, pages that come into use meanwhile.
 //! The real kernel is exercised in `tests/pool.rs`.
 
 use std::cell::{Cell, RefCell};
@@ -28,7 +28,6 @@ struct Node {
 #[derive(Default)]
 struct Model {
     nodes: RefCell<BTreeMap<u32, Node>>,
-    overshoot: u64,
     compactions: Cell<u32>,
     writes: Cell<u32>,
     fail_write: Option<u32>,
@@ -57,8 +56,7 @@ impl Kernel for Model {
         }
         let mut nodes = self.nodes.borrow_mut();
         let n = nodes.get_mut(&node).unwrap();
-        let wish = pages + self.overshoot;
-        let next = if wish > n.pool { n.pool + (wish - n.pool).min(n.room) } else { wish };
+        let next = if pages > n.pool { n.pool + (pages - n.pool).min(n.room) } else { pages };
         n.room = (n.room + n.pool) - next;
         n.pool = next;
         Ok(())
@@ -198,17 +196,6 @@ fn compaction_comes_first_when_large_blocks_are_few() {
 }
 
 #[test]
-fn an_overshooting_kernel_is_corrected() {
-    let record = Record::new();
-    let model =
-        Model { overshoot: 7, ..Model::with(&[(0, Node { pool: 20, room: 1000, ..Node::default() })]) };
-    run(&model, &record, &shares(&[(0, 30)])).unwrap();
-    assert_eq!(model.pools(), [50]);
-    release(&model, &mut record.lock(), &Selection::default()).unwrap();
-    assert_eq!(model.pools(), [20]);
-}
-
-#[test]
 fn dropping_or_rolling_back_restores_the_pool() {
     for drop_it in [true, false] {
         let record = Record::new();
@@ -263,7 +250,7 @@ fn release_refuses_pages_in_use_before_it_touches_anything() {
     assert_eq!(record.pages(), [(0, 10), (1, 10)]);
     let lazy = Selection { lazy: true, ..Selection::default() };
     let released = release(&model, &mut record.lock(), &lazy).unwrap();
-    assert_eq!(released[1], Released { page: PAGE, node: 1, pages: 10, still_used: 4 });
+    assert_eq!(released[1], Released { page: PAGE, node: 1, pages: 10, still_used: 4, kept: 0 });
     assert_eq!(record.pages(), []);
 }
 
@@ -310,13 +297,12 @@ proptest! {
     fn all_or_nothing(
         nodes in proptest::collection::vec((0u64..50, 0u64..600, 0u64..100, any::<Option<u8>>()), 1..4),
         wants in proptest::collection::vec(1u64..400, 3),
-        overshoot in 0u64..3,
     ) {
         let record = Record::new();
         let nodes: Vec<_> = nodes.into_iter().enumerate().map(|(i, (pool, room, heal, blocks))| {
             (i as u32, Node { pool, room, healed_by_compaction: heal, blocks: blocks.map(u64::from), ..Node::default() })
         }).collect();
-        let model = Model { overshoot, ..Model::with(&nodes) };
+        let model = Model::with(&nodes);
         let before = model.pools();
         let adds: Vec<_> = nodes.iter().zip(&wants).map(|((id, _), want)| (*id, *want)).collect();
         match run(&model, &record, &shares(&adds)) {
@@ -329,10 +315,7 @@ proptest! {
             Err(ReserveError::Shortfall(s)) => prop_assert_eq!(s.kept, 0),
             Err(other) => prop_assert!(false, "{}", other),
         }
-        // An old kernel's overshoot can leave at most nothing: wishes below it clamp to zero pages.
-        for (now, then) in model.pools().iter().zip(&before) {
-            prop_assert!(*now <= (*then).max(overshoot), "{} {}", now, then);
-        }
+        prop_assert_eq!(model.pools(), before);
         prop_assert_eq!(record.pages(), []);
     }
 }

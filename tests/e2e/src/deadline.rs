@@ -24,6 +24,7 @@ pub fn wait_for<T>(
         if start.elapsed() >= limit {
             bail!("waited {:.1} s in vain: {what}", limit.as_secs_f64());
         }
+        // wait-loop: the caller's condition, until `limit`.
         std::thread::sleep(POLL_INTERVAL);
     }
 }

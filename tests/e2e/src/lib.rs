@@ -14,6 +14,8 @@
 //! | [`cpio`], [`initramfs`] | the DPU's first root |
 //! | [`wire`], [`agent`] | the protocol and its DPU side |
 //! | [`dpu`], [`daemon`] | the two processes of a case |
+//! | [`side`], [`lab`] | what cases work with |
+//! | [`cases`], [`expect`], [`runner`] | the cases, known differences, the score |
 //! | [`registry`], [`deadline`], [`sys`] | cleaning up, waiting, system calls |
 //!
 //! # Limits
@@ -22,13 +24,18 @@
 pub mod agent;
 pub mod apt;
 pub mod cache;
+pub mod cases;
 pub mod cpio;
 pub mod daemon;
 pub mod deadline;
 pub mod dpu;
+pub mod expect;
 pub mod initramfs;
 pub mod kernel;
+pub mod lab;
 pub mod registry;
+pub mod runner;
+pub mod side;
 pub mod sys;
 pub mod verbs;
 pub mod wire;

@@ -293,13 +293,20 @@ impl Drop for Hugepages {
     }
 }
 
-/// Hugepages of 2 MiB that somebody uses now.
+/// Hugepages of 2 MiB that a process has mapped and touched.
 ///
 /// # Errors
-/// When the kernel has no such pool.
-pub fn hugepages_in_use() -> Result<u64> {
-    let pool = Path::new(POOL);
-    Ok(read_number(&pool.join("nr_hugepages"))?.saturating_sub(read_number(&pool.join("free_hugepages"))?))
+/// When the process is gone.
+pub fn hugepages_of(pid: i32) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    // Lines such as `Shared_Hugetlb:     2048 kB` (Documentation/filesystems/proc.rst).
+    let kibibytes: u64 = text
+        .lines()
+        .filter(|line| line.contains("_Hugetlb:"))
+        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+        .sum();
+    Ok(kibibytes / (HUGEPAGE_BYTES >> 10))
 }
 
 #[cfg(test)]

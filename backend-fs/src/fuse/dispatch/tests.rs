@@ -313,6 +313,9 @@ fn the_caller_is_passed_on() {
     bytes[36..38].copy_from_slice(&2_u16.to_le_bytes());
     assert_eq!(dpu.send(&bytes, 144, false).0, Served::Reply(144));
     assert_eq!(dpu.fs.caller(), (1000, 100, 42, Some(vec![77])));
+    let body = [abi::MkdirIn::default().as_bytes(), b"dir\0"].concat();
+    dpu.ask(Opcode::Mkdir, 5, &body, 128);
+    assert_eq!(dpu.fs.caller(), (1000, 100, 42, Some(vec![])), "none of the caller's groups matters");
 }
 
 /// `struct fuse_attr` of `notes::ATTR`.

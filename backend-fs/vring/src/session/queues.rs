@@ -78,9 +78,8 @@ impl<D: Device> Session<'_, D> {
         let (index, _) = self.queue(state.index)?;
         self.stop(index);
         let (_, queue) = self.queue(state.index)?;
-        // The specification ties these to a running ring; a new start brings new ones.
+        // The next kick descriptor starts it again; the others stay, front ends set them only once.
         queue.kick = None;
-        queue.call = None;
         Ok(VringState { index: state.index, num: u32::from(queue.base) })
     }
 
@@ -190,7 +189,7 @@ impl<D: Device> Session<'_, D> {
                 change(&mut ring);
                 self.resume(index, ring)
             }
-            None => Err(Refused::NoQueue(u32::from(index))),
+            None => Err(Refused::Stuck(index)),
         }
     }
 
@@ -201,6 +200,10 @@ impl<D: Device> Session<'_, D> {
         }
         if let Some(ring) = self.device.stop(index) {
             queue.base = ring.base();
+            (queue.kick, queue.call, queue.err) = {
+                let (kick, call, err) = ring.into_notifiers();
+                (Some(kick), call, err)
+            };
             tracing::debug!(queue = index, base = queue.base, "queue stopped");
         }
     }
@@ -233,7 +236,7 @@ impl<D: Device> Session<'_, D> {
 
     fn remap(&mut self, index: u16) -> Result<(), Refused> {
         let Some(mut ring) = self.device.pause(index) else {
-            return Err(Refused::NoQueue(u32::from(index)));
+            return Err(Refused::Stuck(index));
         };
         match ring.remap(Arc::clone(&self.memory)) {
             Ok(()) => self.resume(index, ring),
@@ -286,7 +289,7 @@ impl<D: Device> Session<'_, D> {
                 continue;
             }
             let Some(mut ring) = self.device.pause(index) else {
-                return Err(Refused::NoQueue(u32::from(index)));
+                return Err(Refused::Stuck(index));
             };
             self.set_ring_log(&mut ring);
             self.resume(index, ring)?;
