@@ -36,7 +36,7 @@ pub const CASES: &[Case] = &[
         "big-directory",
         &Profile::AUTO,
         big_directory,
-        "20,000 entries in one directory, made on the host",
+        "10,000 entries in one directory, made on the host",
     ),
 ];
 
@@ -157,7 +157,7 @@ fn orphan(stage: &mut Stage<'_>) -> Result<String> {
 
 fn big_directory(stage: &mut Stage<'_>) -> Result<String> {
     let tree = |side: &dyn Side, verb: &str| {
-        side.act(&["tree", verb, "--root", &side.path(""), "--files", "20000", "--per-directory", "20000"])
+        side.act(&["tree", verb, "--root", &side.path(""), "--files", "10000", "--per-directory", "10000"])
     };
     tree(&stage.host, "make")?;
     let seen: Seen =
