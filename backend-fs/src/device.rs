@@ -14,7 +14,7 @@ mod syscalls;
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use vring::memory::{Backing, DpuMemory};
@@ -78,7 +78,7 @@ impl<F: FileSystem + 'static> FsDevice<F> {
         lock_waiters: usize,
     ) -> FsDevice<F> {
         let limits = OffloadLimits { pool: options.pool_size, lock_waiters };
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let cpus = processors();
         FsDevice {
             offload: Offload::new(fs, session, limits),
             workers: (0..options.request_queues).map(|_| None).collect(),
@@ -108,6 +108,30 @@ impl<F: FileSystem + 'static> FsDevice<F> {
     fn worker(&self, queue: u16) -> Option<&Worker> {
         self.workers.get(worker_of(queue))?.as_ref()
     }
+}
+
+/// Processors of this machine. Not those this process may run on: a daemon that is bound to one of many
+/// has it to itself as a rule, and polling is right there. Read once, at the first call, which must come
+/// before the sandbox hides the answer.
+pub fn processors() -> usize {
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    *PROCESSORS.get_or_init(|| {
+        std::fs::read_to_string("/sys/devices/system/cpu/online")
+            .ok()
+            .and_then(|list| count_processors(&list))
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    })
+}
+
+/// Length of a list like `0-3,8` (kernel `Documentation/admin-guide/cputopology.rst`).
+fn count_processors(list: &str) -> Option<usize> {
+    let mut count = 0;
+    for range in list.trim().split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last) = (first.parse::<usize>().ok()?, last.parse::<usize>().ok()?);
+        count += last.checked_sub(first)? + 1;
+    }
+    Some(count)
 }
 
 /// Number of the worker that serves `queue`.
@@ -157,7 +181,7 @@ impl<F: FileSystem + 'static> Device for FsDevice<F> {
     }
 
     fn pause(&mut self, index: u16) -> Option<Ring> {
-        self.worker(index)?.pause(index)
+        self.worker(index)?.pause(index, DRAIN_LIMIT)
     }
 
     fn stop(&mut self, index: u16) -> Option<Ring> {
@@ -186,7 +210,8 @@ pub fn describe(memory: &DpuMemory) -> String {
         }
     }
     let mib = |bytes: u64| bytes >> 20;
-    let mut text = format!("DPU memory: {} MiB in {regions} regions", mib(bytes));
+    let plural = if regions == 1 { "" } else { "s" };
+    let mut text = format!("DPU memory: {} MiB in {regions} region{plural}", mib(bytes));
     if huge > 0 {
         text += &format!(", {} MiB of it in hugepages of {} KiB", mib(huge), page_size >> 10);
     }

@@ -330,6 +330,3 @@ pub fn serve_caught<F: FileSystem>(
         Served::Reply(dispatch::refuse(chain, Errno::IO))
     })
 }
-
-#[cfg(test)]
-mod tests;

@@ -31,9 +31,7 @@ use crate::sandbox::signals::SignalFd;
 
 /// System calls of this module.
 const CALLS: &[Call] = &[
-    #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_poll, "waiting for signals and front ends"),
-    Call::any(libc::SYS_ppoll, "as poll, on architectures without it"),
+    Call::any(libc::SYS_ppoll, "waiting for signals and front ends"),
     Call::any(libc::SYS_read, "signalfd"),
     Call::any(libc::SYS_eventfd2, "end of the watch over the backlog"),
     Call::any(libc::SYS_sendto, "log lines to syslog"),
@@ -50,6 +48,7 @@ pub fn run(config: Config, link: Server, socket: Socket, signals: SignalFd) -> R
     log_panics();
     // The auxiliary vector is read when it is first needed, by means that are out of reach later.
     let _ = rustix::param::page_size();
+    let _ = device::processors();
     let export = config.shared_dir.as_path();
     let confinement = Confinement {
         options: &config.sandbox,

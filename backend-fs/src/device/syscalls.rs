@@ -14,9 +14,7 @@ pub const CALLS: &[Call] = &[
     // The front end's socket.
     Call::any(libc::SYS_recvmsg, "vhost-user messages and their descriptors"),
     Call::any(libc::SYS_sendto, "replies"),
-    #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_poll, "waiting for messages, kicks and wake-ups"),
-    Call::any(libc::SYS_ppoll, "as poll, on architectures without it"),
+    Call::any(libc::SYS_ppoll, "waiting for messages"),
     fcntl(libc::F_DUPFD_CLOEXEC, "a second owner of an event descriptor"),
     fcntl(libc::F_GETFL, "whether a kick descriptor blocks"),
     // Memory of the DPU.

@@ -258,8 +258,9 @@ fn run<F: FileSystem>(
         _ => None,
     };
     // Linux leaves the extension out when none of the caller's groups matters (fs/fuse/dir.c,
-    // get_create_supp_group): once negotiated, its absence says "none", not "unknown".
-    let groups = layout.extensions.groups.then(|| extensions.groups.map(Groups::ids).unwrap_or_default());
+    // get_create_supp_group): where it could have come, its absence says "none", not "unknown".
+    let known = layout.extensions.groups && opcode.makes_inode();
+    let groups = known.then(|| extensions.groups.map(Groups::ids).unwrap_or_default());
     let cx = Context {
         uid: header.uid,
         gid: header.gid,
@@ -404,10 +405,15 @@ fn call<F: FileSystem>(
             to.counters.read_bytes.add(read as u64);
             Ok(Answer::InPlace(read))
         }
-        Request::Write { handle, offset, size, kill_suidgid, cached } => {
+        Request::Write { handle, offset, size, kill_suidgid, cached, append } => {
             let from = to.chain.readable_slices(HEADER + size_of::<abi::WriteIn>(), size, to.slices);
             let from = from.map_err(|_| Errno::INVAL)?;
-            let written = fs.write(cx, node, handle, offset, from, kill_suidgid, cached)?.min(size);
+            let written = if append {
+                fs.append(cx, node, handle, offset, from, kill_suidgid)?
+            } else {
+                fs.write(cx, node, handle, offset, from, kill_suidgid, cached)?
+            };
+            let written = written.min(size);
             to.counters.written_bytes.add(written as u64);
             to.one(&abi::WriteOut { size: written as u32, padding: 0 })
         }

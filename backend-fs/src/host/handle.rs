@@ -26,13 +26,7 @@ use super::options::CachePolicy;
 use super::table::Identified;
 use super::{HostFs, WRITEBACK};
 use crate::filesystem::{Context, HandleId, NodeId, Opened, Release, Result};
-
-/// `FOPEN_DIRECT_IO` (`include/uapi/linux/fuse.h`).
-const FOPEN_DIRECT_IO: u32 = 1 << 0;
-/// `FOPEN_KEEP_CACHE`.
-const FOPEN_KEEP_CACHE: u32 = 1 << 1;
-/// `FOPEN_CACHE_DIR`.
-const FOPEN_CACHE_DIR: u32 = 1 << 3;
+use crate::fuse::abi;
 
 /// How a READ that may not block is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,9 +259,9 @@ impl HostFs {
 /// `FOPEN_*` for an open file.
 fn fopen_flags(cache: CachePolicy, directory: bool) -> u32 {
     match (cache, directory) {
-        (CachePolicy::Never | CachePolicy::Metadata, false) => FOPEN_DIRECT_IO,
-        (CachePolicy::Always, false) => FOPEN_KEEP_CACHE,
-        (CachePolicy::Always | CachePolicy::Metadata, true) => FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR,
+        (CachePolicy::Never | CachePolicy::Metadata, false) => abi::FOPEN_DIRECT_IO,
+        (CachePolicy::Always, false) => abi::FOPEN_KEEP_CACHE,
+        (CachePolicy::Always | CachePolicy::Metadata, true) => abi::FOPEN_KEEP_CACHE | abi::FOPEN_CACHE_DIR,
         (CachePolicy::Auto, _) | (CachePolicy::Never, true) => 0,
     }
 }
@@ -317,5 +311,24 @@ mod tests {
             assert_eq!(file_flags(flag, false, false), Ok(OFlags::RDONLY));
             assert_eq!(file_flags(flag, false, true), Ok(OFlags::DIRECT));
         }
+    }
+
+    #[test]
+    fn a_leased_file_does_not_hold_a_worker_up() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let open = |path: &std::path::Path| {
+            rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, rustix::fs::Mode::empty()).unwrap()
+        };
+        let options = super::super::options::HostOptions::default();
+        let fs = HostFs::new(open(dir.path()), open("/proc/self/fd".as_ref()), options).unwrap();
+        let worker = Context { uid: 0, gid: 0, pid: 1, groups: None, label: None, may_block: false };
+        let node = fs.do_lookup(&worker, NodeId::ROOT, c"file").unwrap().node;
+        let host = std::fs::File::open(dir.path().join("file")).unwrap();
+        super::super::sys::set_read_lease(host.as_fd()).unwrap();
+        let write = libc::O_WRONLY as u32;
+        assert_eq!(fs.do_open(&worker, node, write, false).err(), Some(Errno::AGAIN));
+        drop(host);
+        assert!(fs.do_open(&worker, node, write, false).is_ok());
     }
 }

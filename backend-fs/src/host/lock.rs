@@ -57,8 +57,9 @@ const LAST_BYTE: u64 = i64::MAX as u64;
 
 const SHARDS: usize = 16;
 
-/// Ranges that an export may hold in all. A kernel lock takes some 200 bytes.
-const MAX_RANGES: usize = 1 << 16;
+/// Ranges that an export may hold in all. Each takes some 200 bytes of kernel memory, and the kernel looks
+/// through those of a file one by one.
+const MAX_RANGES: usize = 1 << 14;
 
 /// How long [`Locks::cancel_all`] waits before it signals again.
 const SIGNAL_AGAIN: Duration = Duration::from_millis(1);
@@ -351,7 +352,8 @@ impl Locks {
             match sleep() {
                 // Some other signal.
                 Err(Errno::INTR)
-                    if self.epoch() == epoch && self.interruptions.load(Ordering::SeqCst) == interruption => {}
+                    if self.epoch() == epoch && self.interruptions.load(Ordering::SeqCst) == interruption => {
+                }
                 result => break result,
             }
         };
@@ -381,11 +383,14 @@ impl Locks {
         }
     }
 
-    /// Ends every wait with `EINTR`, closes the files by `close_files`, and drops every lock.
+    /// Closes the files by `close_files`, ends every wait with `EINTR` and drops every lock.
+    ///
+    /// In this order: a request that reads the new epoch finds no file any more, one that found its file
+    /// has read the old epoch.
     pub(super) fn cancel_all(&self, close_files: impl FnOnce()) {
+        close_files();
         let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
         self.wake_until_gone(|waiter| waiter.epoch < epoch);
-        close_files();
         for shard in &self.owners {
             let nodes: Vec<u64> = lock(shard).keys().copied().collect();
             nodes.into_iter().for_each(|node| self.drop_inode(NodeId(node)));

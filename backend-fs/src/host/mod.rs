@@ -14,7 +14,6 @@
 //! | [`inode`], [`table`], [`mount`], [`fd_budget`] | what the DPU knows, within its budgets |
 //! | [`cred`] | acting as the caller; ids translated by [`idmap`] |
 //! | [`sys`] | system calls without a safe wrapper |
-//! | [`syscalls`] | all system calls, for the allow list |
 //!
 //! Rules that hold throughout:
 //! - Nothing is opened through a symbolic link, by a path of more than one component, or above the root.
@@ -38,7 +37,6 @@ mod mount;
 mod namespace;
 pub mod options;
 mod sys;
-mod syscalls;
 mod table;
 mod xattr;
 pub mod xattrmap;
@@ -53,7 +51,7 @@ use arc_swap::Guard;
 use rustix::io::Errno;
 use vring::chain::Slices;
 
-pub use self::syscalls::CALLS;
+pub use self::sys::CALLS;
 
 use self::fd_budget::FdBudget;
 use self::handle::Handle;

@@ -12,7 +12,65 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 use vring::chain::Slices;
 
+use crate::sandbox::seccomp::Call;
+
 type Result<T> = std::result::Result<T, Errno>;
+
+/// System calls that the host file system makes once it serves.
+///
+/// `openat` and the calls on `/proc/self/fd` take a path; it is always the number of an open descriptor.
+pub const CALLS: &[Call] = &[
+    Call::any(libc::SYS_capget, "capabilities of this thread"),
+    Call::any(libc::SYS_capset, "acting as the caller; clearing set-id bits"),
+    Call::any(libc::SYS_copy_file_range, "COPY_FILE_RANGE"),
+    Call::any(libc::SYS_faccessat2, "ACCESS"),
+    Call::any(libc::SYS_fallocate, "FALLOCATE"),
+    Call::any(libc::SYS_fchdir, "the thread's working directory becomes /proc/self/fd"),
+    Call::any(libc::SYS_fchmod, "SETATTR of an open file"),
+    Call::any(libc::SYS_fchmodat, "SETATTR of the mode"),
+    Call::any(libc::SYS_fchownat, "SETATTR of the owner"),
+    Call::with(libc::SYS_fcntl, 1, libc::F_DUPFD_CLOEXEC as u32, "FLUSH"),
+    Call::with(libc::SYS_fcntl, 1, libc::F_OFD_GETLK as u32, "GETLK"),
+    Call::with(libc::SYS_fcntl, 1, libc::F_OFD_SETLK as u32, "SETLK"),
+    Call::with(libc::SYS_fcntl, 1, libc::F_OFD_SETLKW as u32, "SETLKW"),
+    Call::any(libc::SYS_fdatasync, "FSYNC"),
+    Call::any(libc::SYS_flock, "SETLK and SETLKW of whole files; RELEASE"),
+    Call::any(libc::SYS_fstatfs, "STATFS; kind of a new mount"),
+    Call::any(libc::SYS_fsync, "FSYNC and FSYNCDIR"),
+    Call::any(libc::SYS_ftruncate, "SETATTR of the size"),
+    Call::any(libc::SYS_getdents64, "READDIR and READDIRPLUS"),
+    Call::any(libc::SYS_getxattr, "GETXATTR"),
+    Call::any(libc::SYS_linkat, "LINK"),
+    Call::any(libc::SYS_listxattr, "LISTXATTR"),
+    Call::any(libc::SYS_lseek, "LSEEK; place in a directory"),
+    Call::any(libc::SYS_mkdirat, "MKDIR"),
+    Call::any(libc::SYS_mknodat, "MKNOD"),
+    Call::any(libc::SYS_name_to_handle_at, "evicting inodes"),
+    Call::any(libc::SYS_open_by_handle_at, "use of evicted inodes"),
+    Call::any(libc::SYS_openat, "reopening through /proc/self/fd"),
+    Call::any(libc::SYS_openat2, "LOOKUP, CREATE and TMPFILE"),
+    Call::any(libc::SYS_preadv2, "READ"),
+    Call::any(libc::SYS_pwritev2, "WRITE"),
+    Call::any(libc::SYS_readlinkat, "READLINK"),
+    Call::any(libc::SYS_removexattr, "REMOVEXATTR; mapped file capabilities"),
+    Call::any(libc::SYS_renameat2, "RENAME"),
+    Call::any(libc::SYS_rt_sigprocmask, "waiting for a lock can be interrupted"),
+    Call::any(libc::SYS_rt_sigreturn, "a wait for a lock was interrupted"),
+    Call::any(libc::SYS_setfsgid, "acting as the caller"),
+    Call::any(libc::SYS_setfsuid, "acting as the caller"),
+    Call::any(libc::SYS_setgroups, "acting as the caller"),
+    Call::any(libc::SYS_setxattr, "SETXATTR; security labels"),
+    Call::any(libc::SYS_statx, "LOOKUP, GETATTR and all that answers with attributes"),
+    Call::any(libc::SYS_symlinkat, "SYMLINK"),
+    Call::any(libc::SYS_syncfs, "SYNCFS"),
+    Call::on_own_process(libc::SYS_tgkill, 0, "interrupting a wait for a lock"),
+    Call::any(libc::SYS_getpid, "as tgkill"),
+    Call::any(libc::SYS_gettid, "as tgkill"),
+    Call::any(libc::SYS_umask, "default ACLs"),
+    Call::any(libc::SYS_unlinkat, "UNLINK, RMDIR and undoing"),
+    Call::with(libc::SYS_unshare, 0, libc::CLONE_FS as u32, "a umask for each thread"),
+    Call::any(libc::SYS_utimensat, "SETATTR of times"),
+];
 
 /// Largest number of iovecs of one call (`UIO_MAXIOV`, `include/uapi/linux/uio.h`).
 const MAX_IOVECS: usize = 1024;
@@ -332,5 +390,19 @@ pub(super) fn interrupt_thread(tid: rustix::process::Pid) {
 pub(super) fn close(fd: OwnedFd) -> Result<()> {
     // SAFETY: ownership is given up first, so it is closed once, whatever the call answers.
     check(libc::c_long::from(unsafe { libc::close(fd.into_raw_fd()) }))?;
+    Ok(())
+}
+
+/// Makes others wait before they open the file for writing (`F_SETLEASE`).
+#[cfg(test)]
+pub(super) fn set_read_lease(fd: BorrowedFd) -> Result<()> {
+    /// `include/uapi/asm-generic/fcntl.h`.
+    const F_SETSIG: libc::c_int = 10;
+    // SAFETY: no memory is involved. The holder is told of those who wait by a signal that does nothing
+    // by default; the usual one would end the process.
+    check(libc::c_long::from(unsafe {
+        libc::fcntl(fd.as_raw_fd(), F_SETSIG, libc::SIGCHLD);
+        libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK)
+    }))?;
     Ok(())
 }

@@ -33,9 +33,12 @@ pub(super) trait Identified {
     fn id(&self) -> u64;
 }
 
+/// [`PAGE_SLOTS`] slots.
+type Page<T> = Box<[ArcSwap<T>]>;
+
 /// See the module's description.
 pub(super) struct Table<T> {
-    pages: Box<[OnceLock<Box<[ArcSwap<T>]>>]>,
+    pages: Box<[OnceLock<Page<T>>]>,
     /// Index of the first slot that was never used.
     fresh: AtomicU64,
     free: [Mutex<Vec<u64>>; SHARDS],

@@ -44,9 +44,7 @@ pub enum Side {
 
 /// System calls of the supervisor. It reads no file and opens none.
 pub const SUPERVISOR_CALLS: &[Call] = &[
-    #[cfg(target_arch = "x86_64")]
-    Call::any(libc::SYS_poll, "waiting for signals and for the server's end"),
-    Call::any(libc::SYS_ppoll, "as poll, on architectures without it"),
+    Call::any(libc::SYS_ppoll, "waiting for signals and for the end of the server"),
     Call::any(libc::SYS_read, "signalfd; the server's ready message"),
     Call::any(libc::SYS_wait4, "exit code of the server"),
     Call::any(libc::SYS_pidfd_send_signal, "forwarding signals to the server"),
@@ -463,5 +461,15 @@ mod tests {
             assert_eq!(Message::decode(message.encode()), Some(message));
         }
         assert_eq!(Message::decode([6, 0, 0, 0, 0]), None);
+    }
+
+    #[test]
+    fn a_process_with_threads_is_not_split() {
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || wait.recv());
+        let refused = split(&SandboxOptions::default());
+        assert!(matches!(refused, Err(Error::Threads(threads)) if threads > 1), "{refused:?}");
+        drop(go);
+        assert!(other.join().is_ok());
     }
 }

@@ -129,10 +129,8 @@ pub const RUNTIME_CALLS: &[Call] = &[
     Call::on_own_process(libc::SYS_tgkill, 0, "abort; waking own threads"),
     Call::any(libc::SYS_getrandom, "hash seeds"),
     Call::any(libc::SYS_clock_gettime, "time, where the vDSO cannot answer"),
-    Call::any(libc::SYS_clock_nanosleep, "back-off"),
     Call::any(libc::SYS_sched_yield, "contended locks"),
     Call::any(libc::SYS_write, "log lines"),
-    Call::any(libc::SYS_writev, "panic messages"),
     Call::any(libc::SYS_close, "every descriptor"),
     Call::with(
         libc::SYS_fcntl,

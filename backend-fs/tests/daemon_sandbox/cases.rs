@@ -22,6 +22,7 @@ pub const ALL: &[Case] = cases![
     symbolic_links_end_inside,
     path_descriptors_can_be_reopened_in_every_mode,
     readonly_export_is_readonly_in_the_kernel,
+    device_nodes_mean_nothing_in_a_namespace,
     root_and_proc_can_be_exported,
     later_mounts_of_the_host_appear,
     only_known_descriptors_are_open,
@@ -99,7 +100,7 @@ fn nothing_outside_is_reachable_in_a_namespace() {
         "file handles",
         &reached(&place, place.probe("namespace", "none").arg("--handles")),
     );
-    assert_nothing_reached("nobody", &reached(&place, place.probe("namespace", "none").as_nobody()));
+    assert_nothing_reached("nobody", &reached(&place, place.probe("namespace", "none").by_nobody()));
 }
 
 fn nothing_outside_is_reachable_by_landlock_where_the_root_stays() {
@@ -108,7 +109,7 @@ fn nothing_outside_is_reachable_by_landlock_where_the_root_stays() {
     assert_nothing_reached("none", &reached(&place, place.probe("none", "none")));
     assert_nothing_reached(
         "none, nobody",
-        &reached(&place, place.probe("none", "none").as_nobody().arg("--handles")),
+        &reached(&place, place.probe("none", "none").by_nobody().arg("--handles")),
     );
 }
 
@@ -148,7 +149,7 @@ fn path_descriptors_can_be_reopened_in_every_mode() {
         }
     }
     for mode in ["namespace", "none"] {
-        let out = place.probe(mode, "none").as_nobody().args(&["reopen", "inside"]).run().good();
+        let out = place.probe(mode, "none").by_nobody().args(&["reopen", "inside"]).run().good();
         assert_eq!(out, "inside", "{mode} as nobody");
     }
 }
@@ -162,8 +163,24 @@ fn readonly_export_is_readonly_in_the_kernel() {
     assert!(!place.path("export/new").exists());
     assert_eq!(write(&[]), "wrote 1");
     assert_eq!(std::fs::read(place.path("export/new")).unwrap(), b"x");
-    let nobody = place.probe("namespace", "none").as_nobody().args(&["--readonly", "write", "other"]);
+    let nobody = place.probe("namespace", "none").by_nobody().args(&["--readonly", "write", "other"]);
     assert_eq!(nobody.run().good(), format!("errno {}", libc::EROFS));
+}
+
+/// Not even `/dev/null`; in the other modes a server that opened nodes would reach the device.
+fn device_nodes_mean_nothing_in_a_namespace() {
+    let place = Place::new();
+    let null = rustix::fs::makedev(1, 3);
+    let kind = rustix::fs::FileType::CharacterDevice;
+    let mode = rustix::fs::Mode::from_raw_mode(0o666);
+    rustix::fs::mknodat(rustix::fs::CWD, place.path("export/null"), kind, mode, null).unwrap();
+    let reach = |mode| place.probe(mode, "none").args(&["reach", "null"]).run().good();
+    assert!(
+        reach("namespace").contains(&format!("root null errno {}", libc::EACCES)),
+        "{}",
+        reach("namespace")
+    );
+    assert!(reach("chroot").contains("root null inode "), "{}", reach("chroot"));
 }
 
 fn root_and_proc_can_be_exported() {
@@ -251,10 +268,10 @@ fn capabilities_are_the_documented_ones() {
 
 fn unprivileged_daemon_has_no_capabilities_outside_its_namespace() {
     let place = Place::new();
-    let out = place.probe("none", "none").as_nobody().args(&["--handles", "capabilities"]).run().good();
+    let out = place.probe("none", "none").by_nobody().args(&["--handles", "capabilities"]).run().good();
     assert!(out.starts_with("effective: \npermitted: \ninheritable: \n"), "{out}");
     assert!(out.ends_with("ambient: \nno_new_privs: true\nfile handles: false"), "{out}");
-    let out = place.probe("namespace", "none").as_nobody().arg("capabilities").run().good();
+    let out = place.probe("namespace", "none").by_nobody().arg("capabilities").run().good();
     assert_eq!(out, capabilities_listing(KEPT, false));
 }
 
@@ -315,7 +332,7 @@ fn namespaces_are_the_documented_ones() {
         assert_eq!(own_namespaces(supervisor), [""; 0], "the supervisor stays outside");
     };
     check(place.probe("namespace", "none"), &["mnt", "net", "pid"]);
-    check(place.probe("namespace", "none").as_nobody(), &["mnt", "net", "pid", "user"]);
+    check(place.probe("namespace", "none").by_nobody(), &["mnt", "net", "pid", "user"]);
     check(place.probe("chroot", "none"), &[]);
     check(place.probe("none", "none"), &[]);
 }
@@ -332,10 +349,10 @@ fn server_is_pid_1_without_groups() {
         });
     }
     assert_eq!(identity(with_groups), "pid 1 uid 0 gid 0 groups 0 root's owner 0");
-    let plain = identity(place.probe("namespace", "none").as_nobody());
+    let plain = identity(place.probe("namespace", "none").by_nobody());
     assert_eq!(plain, format!("pid 1 uid {NOBODY} gid {NOBODY} groups 0 root's owner {NOBODY}"));
     // The one own id as root of the namespace; other users of the host are nobody there.
-    let as_root = place.probe("namespace", "none").as_nobody();
+    let as_root = place.probe("namespace", "none").by_nobody();
     let as_root = as_root.args(&[&format!("--uid-map=:0:{NOBODY}:1:"), &format!("--gid-map=:0:{NOBODY}:1:")]);
     assert_eq!(identity(as_root), "pid 1 uid 0 gid 0 groups 0 root's owner 65534");
     assert!(identity(place.probe("none", "none")).ends_with("uid 0 gid 0 groups 0 root's owner 0"));

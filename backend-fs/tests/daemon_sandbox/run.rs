@@ -82,7 +82,7 @@ impl Probe {
         self
     }
 
-    pub fn as_nobody(mut self) -> Self {
+    pub fn by_nobody(mut self) -> Self {
         // Without groups of its own, `Command` drops root's when it changes the user.
         self.command.uid(NOBODY).gid(NOBODY);
         self

@@ -73,7 +73,8 @@ pub trait Device {
     /// When no thread can be had for it; the ring is gone then.
     fn start(&mut self, index: u16, ring: Ring) -> io::Result<()>;
 
-    /// Takes a queue's ring back at once. Chains in flight are completed after it is started again.
+    /// Takes a queue's ring back between two requests; `None` when that takes too long, and the ring stays
+    /// where it is. Chains in flight are completed after it is started again.
     fn pause(&mut self, index: u16) -> Option<Ring>;
 
     /// Takes a queue's ring back when no chain is in flight any more (within a time limit).
@@ -131,6 +132,8 @@ enum Refused {
     NoQueue(u32),
     #[error("queue {0} runs")]
     Running(u16),
+    #[error("queue {0} is stuck in a request")]
+    Stuck(u16),
     #[error("{0} is not a possible value")]
     Value(u64),
     #[error("the configuration space is read-only")]
@@ -189,19 +192,28 @@ pub fn run<D: Device>(stream: &UnixStream, device: &mut D, stop: &Stop) -> Resul
         log_failed: false,
         refusals: 0,
     };
-    let mut payload = Box::new(PayloadBuffer([0; message::MAX_PAYLOAD]));
-    let mut fds = Vec::new();
-    loop {
-        let header = match connection.receive(&mut payload, &mut fds)? {
-            Received::Message(header) => header,
-            other => return ended(other),
-        };
-        let reply = session.serve(&header, &payload.0[..header.size], &mut fds)?;
-        fds.clear();
-        if let Some(reply) = reply
-            && let Some(other) = connection.send(&reply)?
-        {
-            return ended(other);
+    let end = session.follow(&connection);
+    session.log_totals();
+    end
+}
+
+impl<D: Device> Session<'_, D> {
+    /// Serves requests until there are no more.
+    fn follow(&mut self, connection: &Connection<'_>) -> Result<End, SessionError> {
+        let mut payload = Box::new(PayloadBuffer([0; message::MAX_PAYLOAD]));
+        let mut fds = Vec::new();
+        loop {
+            let header = match connection.receive(&mut payload, &mut fds)? {
+                Received::Message(header) => header,
+                other => return ended(other),
+            };
+            let reply = self.serve(&header, &payload.0[..header.size], &mut fds)?;
+            fds.clear();
+            if let Some(reply) = reply
+                && let Some(other) = connection.send(&reply)?
+            {
+                return ended(other);
+            }
         }
     }
 }

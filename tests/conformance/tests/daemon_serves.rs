@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests fail by panicking, like tests.
 
 use std::num::NonZeroUsize;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -71,6 +72,60 @@ fn every_sandbox_mode_serves_every_operation() {
             let arguments = [&format!("--sandbox={sandbox}"), &format!("--inode-file-handles={handles}")];
             Export::start(&arguments.map(String::as_str)).work_out(SessionOptions::default());
         }
+    }
+}
+
+#[test]
+fn every_seccomp_mode_serves_every_operation() {
+    for seccomp in ["kill", "trap", "log", "none"] {
+        println!("--seccomp={seccomp}");
+        Export::start(&["--seccomp", seccomp]).work_out(SessionOptions::default());
+    }
+}
+
+/// A daemon that is nobody: everything happens as itself, whoever asks.
+#[test]
+fn unprivileged_daemon_serves_as_itself() {
+    const NOBODY: u32 = 65534;
+    let place = tempfile::tempdir().unwrap();
+    let open = |path: &Path| {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+        std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+    };
+    open(place.path());
+    let program = place.path().join("backend-fs");
+    std::fs::copy(backend_fs(), &program).unwrap();
+    for (sandbox, maps) in [
+        ("namespace", &[][..]),
+        ("namespace", &["--uid-map=:0:65534:1:", "--gid-map=:0:65534:1:"]),
+        ("none", &[]),
+    ] {
+        println!("--sandbox={sandbox} {maps:?}");
+        let shared = tempfile::tempdir_in("/dev/shm").unwrap();
+        open(shared.path());
+        let socket = place.path().join("fs.sock");
+        let mut daemon = DaemonCommand::new("setpriv", &socket)
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+            .args([&program, Path::new("--shared-dir"), shared.path(), Path::new("--socket-path"), &socket])
+            .args(["--sandbox", sandbox])
+            .args(maps)
+            .spawn()
+            .unwrap();
+        let mut session = Session::mount(daemon.connect().unwrap(), SessionOptions::default()).unwrap();
+        // Seen from a user namespace that maps it to root, the owner is root.
+        let mapped = !maps.is_empty();
+        let client = session.client();
+        let made = client.create(ROOT, "file", libc::O_RDWR, 0o640).unwrap();
+        client.write(made.entry.nodeid, made.open.fh, 0, b"written").unwrap();
+        let directory = client.mkdir(ROOT, "directory", 0o750).unwrap().nodeid;
+        client.rename(ROOT, "file", directory, "moved").unwrap();
+        assert_eq!(made.entry.attr.uid, if mapped { 0 } else { NOBODY });
+        let moved = shared.path().join("directory/moved");
+        assert_eq!(std::fs::read(&moved).unwrap(), b"written");
+        assert_eq!(std::fs::metadata(&moved).unwrap().uid(), NOBODY);
+        drop(session);
+        let status = daemon.wait_exit(Duration::from_secs(5)).unwrap();
+        assert_eq!(status.code(), Some(0), "{}", daemon.stderr());
     }
 }
 

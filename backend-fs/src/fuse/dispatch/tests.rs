@@ -313,6 +313,9 @@ fn the_caller_is_passed_on() {
     bytes[36..38].copy_from_slice(&2_u16.to_le_bytes());
     assert_eq!(dpu.send(&bytes, 144, false).0, Served::Reply(144));
     assert_eq!(dpu.fs.caller(), (1000, 100, 42, Some(vec![77])));
+    let body = [abi::MkdirIn::default().as_bytes(), b"dir\0"].concat();
+    dpu.ask(Opcode::Mkdir, 5, &body, 128);
+    assert_eq!(dpu.fs.caller(), (1000, 100, 42, Some(vec![])), "none of the caller's groups matters");
 }
 
 /// `struct fuse_attr` of `notes::ATTR`.
@@ -613,6 +616,18 @@ fn data_of_a_write_is_handed_over_where_it_lies() {
     assert_eq!(dpu.fs.notes(), ["write 5 9 0 1048576 true true"]);
     assert_eq!(dpu.fs.first_slice(), REQUEST + 80);
     assert_eq!(dpu.session.totals().written_bytes, 1 << 20);
+}
+
+#[test]
+fn a_write_to_a_file_in_append_mode_is_appended_unless_it_is_a_page_written_back() {
+    for (write_flags, note) in [(0, "append 5 9 7 4 false"), (1, "write 5 9 7 4 false true")] {
+        let mut dpu = Dpu::mounted();
+        let flags = (libc::O_APPEND | libc::O_RDWR) as u32;
+        let arg = abi::WriteIn { fh: 9, offset: 7, size: 4, flags, write_flags, ..Default::default() };
+        let body = [arg.as_bytes(), b"data"].concat();
+        assert_eq!(dpu.body(Opcode::Write, &body, 8), [4, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(dpu.fs.notes(), [note]);
+    }
 }
 
 #[test]
