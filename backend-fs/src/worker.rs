@@ -25,7 +25,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SendError, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -165,18 +165,19 @@ impl Worker {
         self.mailbox.command(Command::Start(Box::new(ring)));
     }
 
-    /// Takes a ring back at once.
-    pub fn pause(&self, queue: u16) -> Option<Ring> {
-        let (reply, taken) = mpsc::sync_channel(1);
+    /// Takes a ring back between two requests. `None` when the worker is still in one after `limit`;
+    /// the ring then stays where it is.
+    pub fn pause(&self, queue: u16, limit: Duration) -> Option<Ring> {
+        let (reply, taken) = mpsc::sync_channel(0);
         self.mailbox.command(Command::Pause(queue, reply));
-        taken.recv().ok().flatten()
+        taken.recv_timeout(limit).ok().flatten()
     }
 
     /// Takes a ring back when nothing of it is in flight, or after `limit`. `interrupt` is called now and
     /// then to end requests that would wait for ever.
     pub fn stop(&self, queue: u16, limit: Duration, mut interrupt: impl FnMut()) -> Option<Ring> {
         let deadline = Instant::now() + limit;
-        let (reply, taken) = mpsc::sync_channel(1);
+        let (reply, taken) = mpsc::sync_channel(0);
         self.mailbox.command(Command::Stop(queue, reply));
         while Instant::now() < deadline {
             match taken.recv_timeout(INTERRUPT_ROUND) {
@@ -185,8 +186,10 @@ impl Worker {
                 Err(RecvTimeoutError::Disconnected) => return None,
             }
         }
+        // A worker that answers just now must not wait for this receiver.
+        drop(taken);
         tracing::error!(queue, "requests are stuck in the host, the queue stops without them");
-        self.pause(queue)
+        self.pause(queue, limit)
     }
 
     /// Asks the thread to end after the request it serves now.
@@ -371,7 +374,10 @@ impl<F: FileSystem + 'static> Service<F> {
                     self.slots[place].stopping = None;
                     self.give_ring(place)
                 });
-                let _ = reply.send(ring);
+                // Nobody waits any more: the ring stays.
+                if let Err(SendError(Some(ring))) = reply.send(ring) {
+                    self.take_ring(Box::new(ring));
+                }
             }
             Command::Stop(queue, reply) => match self.place(queue) {
                 Some(place) => {
@@ -434,7 +440,10 @@ impl<F: FileSystem + 'static> Service<F> {
             let slot = &mut self.slots[place];
             let drained = slot.ring.as_ref().is_none_or(|ring| ring.in_flight() == 0);
             if drained && let Some(reply) = slot.stopping.take() {
-                let _ = reply.send(self.give_ring(place));
+                let ring = self.give_ring(place);
+                if let Err(SendError(Some(ring))) = reply.send(ring) {
+                    self.take_ring(Box::new(ring));
+                }
             }
         }
     }

@@ -191,7 +191,9 @@ impl AsCaller {
             let wanted = if keep_dac_override { plain | dac_override } else { plain };
             // Leaving user id 0 has taken the file system capabilities away; leaving another has not.
             if wanted != plain || before != 0 {
-                guard.capabilities = true;
+                // Going back to user id 0 puts those of the permitted set back by itself.
+                let by_itself = FS_CAPABILITIES & base.permitted == FS_CAPABILITIES & base.effective;
+                guard.capabilities = before != 0 || !by_itself;
                 set_effective(base, wanted)?;
             }
         }

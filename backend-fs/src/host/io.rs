@@ -16,7 +16,7 @@
 
 use std::os::fd::AsFd;
 
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 use vring::chain::Slices;
 
@@ -83,6 +83,13 @@ fn write_all(handle: &Handle, offset: i64, from: &Slices, append: bool) -> Resul
     Ok(done)
 }
 
+/// Whether the file has bits that a write by a caller without privilege clears. A DPU's kernel marks every
+/// write of such a caller, and changing capabilities twice costs several times what this question does.
+fn has_set_id(handle: &Handle) -> Result<bool> {
+    let stat = rustix::fs::statx(handle, c"", AtFlags::EMPTY_PATH, StatxFlags::MODE)?;
+    Ok(u32::from(stat.stx_mode) & (libc::S_ISUID | libc::S_ISGID) != 0)
+}
+
 impl HostFs {
     pub(super) fn do_read(
         &self,
@@ -127,7 +134,7 @@ impl HostFs {
         if handle.slow_writes && !cx.may_block {
             return Err(Errno::AGAIN);
         }
-        let _without_fsetid = WithoutFsetid::enter(kill_suidgid)?;
+        let _without_fsetid = WithoutFsetid::enter(kill_suidgid && has_set_id(&handle)?)?;
         self.drop_mapped_capability(handle.as_fd())?;
         write_all(&handle, offset, &from, append)
     }

@@ -217,16 +217,27 @@ fn a_file_without_a_name_outlives_the_pressure() {
 }
 
 #[test]
-fn an_open_file_answers_for_its_evicted_inode() {
-    let export = Export::with(On::Disk, budget(4));
-    let (entry, opened) = export.create(&AS_ROOT, "file", 0o600, RDWR).unwrap();
-    for number in 0..50 {
-        export.put(&number.to_string(), "");
-        export.node(&number.to_string());
+fn a_removed_file_that_is_open_is_still_there_when_it_was_evicted() {
+    for on in [On::Disk, On::Memory] {
+        let export = Export::with(on, budget(4));
+        let (entry, opened) = export.create(&AS_ROOT, "file", 0o600, RDWR).unwrap();
+        let push_out = || {
+            for number in 0..50 {
+                export.put(&number.to_string(), "");
+                export.node(&number.to_string());
+            }
+        };
+        push_out();
+        std::fs::remove_file(export.path.join("file")).unwrap();
+        for handle in [None, Some(opened.handle)] {
+            push_out();
+            let attr = export.fs.getattr(&AS_ROOT, entry.node, handle).unwrap().0;
+            assert_eq!((attr.nlink, attr.ino), (0, entry.attr.ino));
+        }
+        let again = export.fs.open(&AS_ROOT, entry.node, RDWR, false).unwrap();
+        export.release(entry.node, again.handle);
+        assert!(export.fs.counts().reopens > 0);
     }
-    std::fs::remove_file(export.path.join("file")).unwrap();
-    let attr = export.fs.getattr(&AS_ROOT, entry.node, Some(opened.handle)).unwrap().0;
-    assert_eq!((attr.nlink, attr.ino), (0, entry.attr.ino));
 }
 
 #[test]

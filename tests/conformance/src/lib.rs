@@ -5,4 +5,5 @@
 //! memory are within limits. The daemon under test is the one that `BACKEND_FS` names, by default the release build.
 
 pub mod export;
+pub mod race;
 pub mod snapshot;

@@ -3,14 +3,15 @@
 #![allow(clippy::unwrap_used)] // Helpers of tests fail by panicking, like tests.
 
 use std::os::unix::fs::symlink;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use conformance::export::{CANARY, Export, Sandbox};
+use conformance::race::race;
 use conformance::snapshot::Snapshot;
 use virtio_driver::fuse::abi::*;
 use virtio_driver::fuse::{Client, FuseError, SessionOptions};
 use virtio_driver::hostile::{Attacker, message};
+use virtio_driver::ring::Descriptor;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// How long a race is run.
@@ -203,34 +204,23 @@ fn a_symlink_swapped_in_during_a_walk_is_not_followed() -> anyhow::Result<()> {
         symlink(&outside, share.join("flop"))?;
         let options = SessionOptions { request_queues: 2, ..Default::default() };
         let mut session = export.mount_with(options)?;
-        let stop = AtomicBool::new(false);
         let mut walks = 0u64;
-        let mut escaped = None;
-        std::thread::scope(|scope| {
-            let (walker, racer) = session.clients().split_at_mut(1);
-            let stop = &stop;
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let (flip, flop) = (share.join("flip"), share.join("flop"));
-                    let cwd = rustix::fs::CWD;
-                    let _ =
-                        rustix::fs::renameat_with(cwd, &flip, cwd, &flop, rustix::fs::RenameFlags::EXCHANGE);
-                }
-            });
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let _ = racer[0].rename2(ROOT, "flip", ROOT, "flop", 2);
-                }
-            });
+        let (walker, racer) = session.clients().split_at_mut(1);
+        let exchange_on_the_host = || {
+            let (flip, flop) = (share.join("flip"), share.join("flop"));
+            let exchange = rustix::fs::RenameFlags::EXCHANGE;
+            let _ = rustix::fs::renameat_with(rustix::fs::CWD, &flip, rustix::fs::CWD, &flop, exchange);
+        };
+        let exchange_on_the_dpu = || drop(racer[0].rename2(ROOT, "flip", ROOT, "flop", 2));
+        let escaped = race(vec![Box::new(exchange_on_the_host), Box::new(exchange_on_the_dpu)], || {
             let start = Instant::now();
             while start.elapsed() < RACE / 2 {
                 walks += 1;
                 if walk_to_the_canary(&mut walker[0]).is_some_and(|content| content == CANARY) {
-                    escaped = Some(walks);
-                    break;
+                    return Some(walks);
                 }
             }
-            stop.store(true, Ordering::Relaxed);
+            None
         });
         assert_eq!(escaped, None, "the walk left the export, sandbox {sandbox:?}");
         assert!(walks > 100, "only {walks} walks");
@@ -299,40 +289,33 @@ fn a_name_that_changes_while_it_is_checked_is_one_name() -> anyhow::Result<()> {
     const EVIL: &[u8; 18] = b"../outside/canary\0";
     let mut export = Export::start(Sandbox::None, &[])?;
     let mut session = export.mount_polling()?;
-    let stop = AtomicBool::new(false);
     let mut rounds = 0u32;
     {
         let mut attacker = Attacker::new(session.client());
         let header = attacker.buffer(&message(Opcode::Unlink as u32, ROOT, GOOD, None)[..40])?;
         let name = attacker.buffer(GOOD)?;
         let reply = attacker.reply_buffer(16)?;
-        std::thread::scope(|scope| -> anyhow::Result<()> {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    name.write(0, EVIL);
-                    name.write(0, GOOD);
-                }
-            });
+        let swap = || {
+            name.write(0, EVIL);
+            name.write(0, GOOD);
+        };
+        let outcome = race(vec![Box::new(swap)], || -> anyhow::Result<()> {
             let start = Instant::now();
-            let attack = (|| -> anyhow::Result<()> {
-                while start.elapsed() < RACE / 2 {
-                    use virtio_driver::ring::Descriptor;
-                    attacker.submit(&[
-                        Descriptor::readable(header.gpa(), 40),
-                        Descriptor::readable(name.gpa(), GOOD.len()),
-                        Descriptor::writable(reply.gpa(), 16),
-                    ])?;
-                    let used = attacker.wait()?;
-                    assert_eq!(used.len, 16);
-                    let out = OutHeader::read_from_bytes(&reply.to_vec(0, 16)).unwrap();
-                    assert!([-libc::ENOENT, -libc::EINVAL].contains(&out.error), "{out:?}");
-                    rounds += 1;
-                }
-                Ok(())
-            })();
-            stop.store(true, Ordering::Relaxed);
-            export.explain(attack)
-        })?;
+            while start.elapsed() < RACE / 2 {
+                attacker.submit(&[
+                    Descriptor::readable(header.gpa(), 40),
+                    Descriptor::readable(name.gpa(), GOOD.len()),
+                    Descriptor::writable(reply.gpa(), 16),
+                ])?;
+                let used = attacker.wait()?;
+                assert_eq!(used.len, 16);
+                let out = OutHeader::read_from_bytes(&reply.to_vec(0, 16)).unwrap();
+                assert!([-libc::ENOENT, -libc::EINVAL].contains(&out.error), "{out:?}");
+                rounds += 1;
+            }
+            Ok(())
+        });
+        export.explain(outcome)?;
     }
     assert!(rounds > 100, "only {rounds} rounds");
     export.check(&mut session)
