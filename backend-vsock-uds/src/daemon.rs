@@ -114,6 +114,8 @@ pub fn run(config: Config) -> Result<(), Error> {
             VsockDevice::new(dpu.cid, mux, dpu.queue_size, poll).map_err(failed("starting its thread"))?;
         serving.push((dpu.cid, socket, device));
     }
+    // The auxiliary vector is read when it is first needed, by means that are out of reach later.
+    let _ = rustix::param::page_size();
     seccomp::install(config.seccomp, TABLES)?;
     let mut threads = Vec::new();
     for (cid, socket, device) in serving {

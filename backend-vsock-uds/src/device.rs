@@ -7,11 +7,12 @@
 mod syscalls;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use vring::memory::DpuMemory;
-use vring::message::feature;
+use vring::message::{MemoryRegion, feature};
 use vring::poll::PollWindow;
 use vring::ring::Ring;
 use vring::session::{self, Device, End, SessionError, Stop};
@@ -89,6 +90,11 @@ impl Device for VsockDevice {
 
     fn config(&self) -> Option<&[u8]> {
         Some(&self.config)
+    }
+
+    fn check_region(&mut self, _region: &MemoryRegion, _fd: BorrowedFd<'_>) -> Result<(), String> {
+        // Whatever can be mapped will do.
+        Ok(())
     }
 
     fn memory_changed(&mut self, memory: &DpuMemory) {
