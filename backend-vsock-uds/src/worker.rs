@@ -63,6 +63,9 @@ const POLLED_RING_INTERVAL: Duration = Duration::from_millis(1);
 /// Event buffers looked at for one that holds an event.
 const EVENT_BUFFERS: usize = 16;
 
+/// How often a caller that waits looks whether the thread still lives.
+const LIFE_SIGN: Duration = Duration::from_millis(100);
+
 /// Number of the mailbox among the mux's foreign descriptors; rings have their queue's number.
 const MAILBOX: u32 = 31;
 
@@ -166,7 +169,7 @@ impl Worker {
     pub fn take(&self, queue: u16) -> Option<Ring> {
         let (reply, taken) = mpsc::sync_channel(1);
         self.mailbox.put(Command::Take(queue, reply));
-        taken.recv().ok().flatten().map(|ring| *ring)
+        self.answer(&taken).flatten().map(|ring| *ring)
     }
 
     /// The driver reset the device: it knows of no connection.
@@ -183,7 +186,22 @@ impl Worker {
     pub fn report(&self) -> Option<Report> {
         let (reply, report) = mpsc::sync_channel(1);
         self.mailbox.put(Command::Report(reply));
-        report.recv().ok()
+        self.answer(&report)
+    }
+
+    /// Waits for an answer, as long as there is a thread to give one.
+    fn answer<T>(&self, from: &Receiver<T>) -> Option<T> {
+        loop {
+            match from.recv_timeout(LIFE_SIGN) {
+                Ok(answer) => return Some(answer),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) if self.wait_ended(Duration::ZERO) => {
+                    // It may have answered in between, and ended then.
+                    return from.try_recv().ok();
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
     }
 
     /// Asks the thread to end.

@@ -42,7 +42,7 @@ pub mod rxq;
 pub mod table;
 mod take;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::VecDeque;
 use std::io;

@@ -10,6 +10,7 @@ mod streams;
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -40,11 +41,11 @@ const TX_STRIDE: u64 = 0x14000;
 const RESTLESS: usize = 20_000;
 
 /// One driver-side queue: where it lies and what the driver knows of it.
-struct Queue {
-    at: u64,
-    size: u16,
-    available: u16,
-    used: u16,
+pub(crate) struct Queue {
+    pub at: u64,
+    pub size: u16,
+    pub available: u16,
+    pub used: u16,
 }
 
 impl Queue {
@@ -57,9 +58,20 @@ impl Queue {
     }
 
     fn ring(&self, memory: &Arc<DpuMemory>, base: u16) -> Ring {
+        self.ring_with(memory, 0, base, Kick::Poll, None)
+    }
+
+    pub fn ring_with(
+        &self,
+        memory: &Arc<DpuMemory>,
+        index: u16,
+        base: u16,
+        kick: Kick,
+        call: Option<OwnedFd>,
+    ) -> Ring {
         let user = memory.regions().next().expect("one region").region.user_addr;
         let config = RingConfig {
-            index: 0,
+            index,
             size: u32::from(self.size),
             addresses: RingAddresses {
                 descriptors: user + self.at,
@@ -69,14 +81,14 @@ impl Queue {
             base,
             event_idx: false,
             indirect: false,
-            kick: Kick::Poll,
-            call: None,
+            kick,
+            call,
             err: None,
         };
         Ring::new(Arc::clone(memory), config).map_err(|(error, _)| error).expect("a ring")
     }
 
-    fn describe(&self, memory: &DpuMemory, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+    pub fn describe(&self, memory: &DpuMemory, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         let mut descriptor = [0; 16];
         descriptor[..8].copy_from_slice(&addr.to_le_bytes());
         descriptor[8..12].copy_from_slice(&len.to_le_bytes());
@@ -85,7 +97,7 @@ impl Queue {
         memory.write(self.at + u64::from(index) * 16, &descriptor).expect("in range");
     }
 
-    fn offer(&mut self, memory: &DpuMemory, head: u16) {
+    pub fn offer(&mut self, memory: &DpuMemory, head: u16) {
         let slot = u64::from(self.available % self.size);
         memory.write(self.available_at() + 4 + 2 * slot, &head.to_le_bytes()).expect("in range");
         self.available = self.available.wrapping_add(1);
@@ -93,7 +105,7 @@ impl Queue {
     }
 
     /// The next used entry: head and length.
-    fn take_used(&mut self, memory: &DpuMemory) -> Option<(u16, u32)> {
+    pub fn take_used(&mut self, memory: &DpuMemory) -> Option<(u16, u32)> {
         let mut index = [0; 2];
         memory.read(self.used_at() + 2, &mut index).expect("in range");
         if u16::from_le_bytes(index) == self.used {
