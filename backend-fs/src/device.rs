@@ -214,6 +214,8 @@ pub fn describe(memory: &DpuMemory) -> String {
     let mut text = format!("DPU memory: {} MiB in {regions} region{plural}", mib(bytes));
     if huge > 0 {
         text += &format!(", {} MiB of it in hugepages of {} KiB", mib(huge), page_size >> 10);
+    } else {
+        text += &format!(", in pages of {} KiB, no hugepages", rustix::param::page_size() >> 10);
     }
     if filed > 0 {
         text += &format!(", {} MiB of it in ordinary files", mib(filed));
