@@ -192,19 +192,28 @@ pub fn run<D: Device>(stream: &UnixStream, device: &mut D, stop: &Stop) -> Resul
         log_failed: false,
         refusals: 0,
     };
-    let mut payload = Box::new(PayloadBuffer([0; message::MAX_PAYLOAD]));
-    let mut fds = Vec::new();
-    loop {
-        let header = match connection.receive(&mut payload, &mut fds)? {
-            Received::Message(header) => header,
-            other => return ended(other),
-        };
-        let reply = session.serve(&header, &payload.0[..header.size], &mut fds)?;
-        fds.clear();
-        if let Some(reply) = reply
-            && let Some(other) = connection.send(&reply)?
-        {
-            return ended(other);
+    let end = session.follow(&connection);
+    session.log_totals();
+    end
+}
+
+impl<D: Device> Session<'_, D> {
+    /// Serves requests until there are no more.
+    fn follow(&mut self, connection: &Connection<'_>) -> Result<End, SessionError> {
+        let mut payload = Box::new(PayloadBuffer([0; message::MAX_PAYLOAD]));
+        let mut fds = Vec::new();
+        loop {
+            let header = match connection.receive(&mut payload, &mut fds)? {
+                Received::Message(header) => header,
+                other => return ended(other),
+            };
+            let reply = self.serve(&header, &payload.0[..header.size], &mut fds)?;
+            fds.clear();
+            if let Some(reply) = reply
+                && let Some(other) = connection.send(&reply)?
+            {
+                return ended(other);
+            }
         }
     }
 }

@@ -445,7 +445,11 @@ fn random_messages_are_answered_or_dropped() -> anyhow::Result<()> {
         }
         let room = [16, (random() % 300) as usize + 1];
         let case = format!("message {number}: {request:02x?}");
-        exchange(&mut export, &mut session, &case, &request, &room[..(random() % 3) as usize])?;
+        let rooms = (random() % 3) as usize;
+        if request.is_empty() && rooms == 0 {
+            continue; // A chain has at least one descriptor.
+        }
+        exchange(&mut export, &mut session, &case, &request, &room[..rooms])?;
     }
     export.check_alive()?;
     let share = export.yard.share();

@@ -11,6 +11,7 @@
 //! | Module | Subject |
 //! |---|---|
 //! | [`cache`], [`apt`], [`kernel`] | artefacts: fetched from Debian, unpacked, kept |
+//! | [`suites`] | third-party programs for the DPU |
 //! | [`cpio`], [`initramfs`] | the DPU's first root |
 //! | [`wire`], [`agent`] | the protocol and its DPU side |
 //! | [`dpu`], [`daemon`] | the two processes of a case |
@@ -36,6 +37,7 @@ pub mod lab;
 pub mod registry;
 pub mod runner;
 pub mod side;
+pub mod suites;
 pub mod sys;
 pub mod verbs;
 pub mod wire;

@@ -179,7 +179,9 @@ impl Runner<'_> {
         let (outcome, note) = match (result, known) {
             (Ok(note), None) => (Outcome::Pass, note),
             (Ok(_), Some(reason)) => (Outcome::ListOutOfDate, format!("listed as: {reason}")),
-            (Err(_), Some(reason)) => (Outcome::KnownDifference, reason.to_owned()),
+            (Err(error), Some(reason)) => {
+                (Outcome::KnownDifference, format!("{reason}\n{}", explain(&error)))
+            }
             (Err(error), None) => (Outcome::Fail, explain(&error)),
         };
         let score = Score { case, outcome, seconds: elapsed.as_secs_f64(), note };

@@ -168,6 +168,11 @@ impl Device {
         &self.frontend
     }
 
+    /// The vhost-user connection, to change what is negotiated on it.
+    pub fn frontend_mut(&mut self) -> &mut Frontend {
+        &mut self.frontend
+    }
+
     /// The DPU's memory.
     pub fn memory(&self) -> &Arc<DpuMemory> {
         &self.memory

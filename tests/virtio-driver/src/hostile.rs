@@ -59,6 +59,11 @@ impl<'a> Attacker<'a> {
         Attacker { client }
     }
 
+    /// Takes the ring of a client on which an attack is under way.
+    pub fn new_in_flight(client: &'a mut Client) -> Self {
+        Attacker { client }
+    }
+
     /// A buffer in DPU memory with these bytes.
     pub fn buffer(&self, bytes: &[u8]) -> Result<DpuBuffer> {
         let buffer = self.client.memory().allocate(bytes.len())?;
@@ -149,9 +154,13 @@ impl<'a> Attacker<'a> {
         ring.kick()
     }
 
-    /// Makes any head available in the next `count` entries of the ring, and kicks.
+    /// Makes any heads available in the next entries of the ring, and kicks. Their descriptors are wiped: left as they
+    /// are they would point to buffers that other requests, on other queues too, use by now.
     pub fn make_heads_available(&mut self, heads: &[u16]) -> Result<()> {
         let ring = self.client.ring_mut();
+        for head in heads.iter().filter(|head| **head < ring.config().size) {
+            ring.put_descriptor(*head, RawDescriptor::default());
+        }
         let next = ring.next_available();
         for (offset, head) in heads.iter().enumerate() {
             ring.force_available_entry(next.wrapping_add(offset as u16), *head);

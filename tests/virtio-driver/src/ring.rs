@@ -205,6 +205,8 @@ pub struct Ring {
     stats: RingStats,
     /// Connection whose end means that the device is gone.
     connection: Option<OwnedFd>,
+    /// A polling driver leaves interrupts on.
+    keep_interrupts: bool,
 }
 
 impl Ring {
@@ -231,6 +233,7 @@ impl Ring {
             last_used: 0,
             stats: RingStats::default(),
             connection: None,
+            keep_interrupts: false,
         };
         ring.table.fill(0);
         ring.avail.fill(0);
@@ -247,6 +250,11 @@ impl Ring {
     /// Lets a wait end with [`Error::Disconnected`] when the other end of this socket closes it.
     pub fn watch_connection(&mut self, socket: OwnedFd) {
         self.connection = Some(socket);
+    }
+
+    /// Lets a polling driver ask for an interrupt with every completion, as one does that only looks early.
+    pub fn keep_interrupts(&mut self, keep: bool) {
+        self.keep_interrupts = keep;
     }
 
     /// Changes how completions are learned of. Takes effect with the next wait.
@@ -407,7 +415,11 @@ impl Ring {
     }
 
     fn spin(&mut self, limit: Duration) -> Result<Used> {
-        self.suppress_interrupts();
+        if self.keep_interrupts {
+            self.ask_for_interrupt();
+        } else {
+            self.suppress_interrupts();
+        }
         let start = Instant::now();
         let mut looks = 0u32;
         loop {
