@@ -156,7 +156,8 @@ fn both_kernels_and_every_kind_of_ring_are_served() {
 fn kind_of_memory_is_logged() {
     let mut export = Export::start(&[]);
     export.work_out(SessionOptions::default());
-    assert!(export.daemon.stderr().contains("DPU memory: "), "{}", export.daemon.stderr());
+    let line = "DPU memory: 64 MiB in 1 region, in pages of 4 KiB, no hugepages";
+    assert!(export.daemon.stderr().contains(line), "{}", export.daemon.stderr());
 
     let memory = 64 << 20;
     let _pages = HugepageReservation::new(NonZeroUsize::new(memory + (4 << 20)).unwrap()).unwrap();
