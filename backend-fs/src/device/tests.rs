@@ -302,9 +302,3 @@ fn processor_lists_are_counted() {
         assert_eq!(count_processors(nonsense), None, "{nonsense:?}");
     }
 }
-
-#[test]
-fn memory_is_described_in_one_line() {
-    let memory = DpuMemory::anonymous(8 << 20).unwrap();
-    assert_eq!(describe(&memory), "DPU memory: 8 MiB in 1 region, in pages of 4 KiB, no hugepages");
-}
