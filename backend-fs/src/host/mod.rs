@@ -347,7 +347,7 @@ impl FileSystem for HostFs {
     }
 
     fn release(&self, _cx: &Context, node: NodeId, release: Release) -> Result<()> {
-        self.do_release(node, release)
+        self.do_release(node, release, false)
     }
 
     fn fsync(&self, cx: &Context, node: NodeId, handle: HandleId, data_only: bool) -> Result<()> {
@@ -401,11 +401,11 @@ impl FileSystem for HostFs {
     }
 
     fn releasedir(&self, _cx: &Context, node: NodeId, release: Release) -> Result<()> {
-        self.do_release(node, release)
+        self.do_release(node, release, true)
     }
 
     fn fsyncdir(&self, cx: &Context, node: NodeId, handle: HandleId, data_only: bool) -> Result<()> {
-        self.do_fsync(cx, node, handle, data_only)
+        self.do_fsyncdir(cx, node, handle, data_only)
     }
 
     fn statfs(&self, cx: &Context, node: NodeId) -> Result<abi::Kstatfs> {
