@@ -494,13 +494,15 @@ fn limit_of_open_files_is_raised_as_far_as_it_goes() {
     let daemon = Daemon::ready(place.command());
     let got = open_files(daemon.server());
     assert!(got == 1_000_000 || got == hard, "{got}");
-    drop(daemon);
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.ends().0, 0);
 
     let mut command = place.command();
     command.arg("--rlimit-nofile=5000");
     let daemon = Daemon::ready(command);
     assert_eq!(open_files(daemon.server()), 5000);
-    drop(daemon);
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.ends().0, 0);
 
     let mut command = place.command();
     command.arg(format!("--rlimit-nofile={}", u32::MAX));
