@@ -405,10 +405,15 @@ fn call<F: FileSystem>(
             to.counters.read_bytes.add(read as u64);
             Ok(Answer::InPlace(read))
         }
-        Request::Write { handle, offset, size, kill_suidgid, cached } => {
+        Request::Write { handle, offset, size, kill_suidgid, cached, append } => {
             let from = to.chain.readable_slices(HEADER + size_of::<abi::WriteIn>(), size, to.slices);
             let from = from.map_err(|_| Errno::INVAL)?;
-            let written = fs.write(cx, node, handle, offset, from, kill_suidgid, cached)?.min(size);
+            let written = if append {
+                fs.append(cx, node, handle, offset, from, kill_suidgid)?
+            } else {
+                fs.write(cx, node, handle, offset, from, kill_suidgid, cached)?
+            };
+            let written = written.min(size);
             to.counters.written_bytes.add(written as u64);
             to.one(&abi::WriteOut { size: written as u32, padding: 0 })
         }

@@ -119,6 +119,8 @@ pub enum Request<'a> {
         size: usize,
         kill_suidgid: bool,
         cached: bool,
+        /// The file has `O_APPEND` set, and this is not a page written back.
+        append: bool,
     },
     Statfs,
     Flush {
@@ -353,12 +355,14 @@ fn parse_body<'a>(
         Opcode::Write => {
             let arg: abi::WriteIn = body.take()?;
             let payload = message.body_len - size_of::<abi::WriteIn>();
+            let cached = arg.write_flags & abi::WRITE_CACHE != 0;
             Request::Write {
                 handle: HandleId(arg.fh),
                 offset: arg.offset,
                 size: args::write_size(&arg, payload)?,
                 kill_suidgid: arg.write_flags & abi::WRITE_KILL_SUIDGID != 0,
-                cached: arg.write_flags & abi::WRITE_CACHE != 0,
+                cached,
+                append: !cached && arg.flags & libc::O_APPEND as u32 != 0,
             }
         }
         Opcode::Statfs => Request::Statfs,

@@ -13,29 +13,33 @@
 //!
 //! **Descriptors.** An inode is *pinned* (it has an `O_PATH` descriptor from the budget) or *evicted* (it
 //! has a file handle, `name_to_handle_at(2)`). A pinned inode's number cannot be reused on the host; this is
-//! why a lookup may take (mount, inode number) for its identity. An evicted one is only believed to be the
-//! same file when the handles are equal. If they are not, the number was reused: the old inode stays reachable by its node id
-//! (and answers `ESTALE`) but leaves the map to the new one.
+//! why a lookup may take (mount, inode number) for its identity. An evicted one is only believed to be
+//! the same file when the handles are equal. If they are not, the number was reused: the old inode stays
+//! reachable by its node id (and answers `ESTALE`) but leaves the map to the new one.
 //!
-//! When the budget is used up, a clock hand goes over the shards' queues of pinned inodes: one that was used since the hand passed
-//! stays, another is evicted. Its descriptor is closed when the last operation that still uses it ends. An
-//! evicted inode that is used is pinned again, and another goes. Where files have no handles the budget is the end:
+//! When the budget is used up, the inode that was not used for longest, roughly, is evicted ([`evict`]). One
+//! that is used is pinned again, and another goes. Where files have no handles the budget is the end:
 //! `ENFILE`.
 //!
 //! **Limits.** `max_inodes` (`ENOMEM`), the descriptor budget. About 200 bytes per evicted inode.
 #![forbid(unsafe_code)]
 
+mod evict;
+mod identity;
+
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
+use std::hash::BuildHasher;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use arc_swap::{ArcSwap, Guard};
-use rustix::fs::{OFlags, Statx};
+use rustix::fs::Statx;
 use rustix::io::Errno;
 
-use super::fd_budget::{BudgetedFd, FdBudget, FdToken};
+pub(super) use self::identity::kind_of;
+use self::identity::{InodeHash, Key, birth};
+use super::fd_budget::{BudgetedFd, FdBudget};
 use super::mount::{Mount, Mounts};
 use super::sys::{self, FileHandle};
 use super::table::{Identified, Table, lock};
@@ -126,61 +130,6 @@ impl Inode {
     }
 }
 
-/// An `O_PATH` descriptor of an inode, good while it is borrowed.
-pub(super) enum InodeFd {
-    Pinned(Guard<Arc<BudgetedFd>>),
-    Repinned(Arc<BudgetedFd>),
-    Transient(OwnedFd),
-}
-
-impl AsFd for InodeFd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            InodeFd::Pinned(fd) => fd.as_fd(),
-            InodeFd::Repinned(fd) => fd.as_fd(),
-            InodeFd::Transient(fd) => fd.as_fd(),
-        }
-    }
-}
-
-/// Identity on the host while an inode is pinned.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Key {
-    ino: u64,
-    mount: u32,
-}
-
-impl Hash for Key {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.ino ^ (u64::from(self.mount) << 48));
-    }
-}
-
-/// Inode numbers come from the host, so a mixing function (the finaliser of MurmurHash3) will do.
-#[derive(Default)]
-struct InodeHasher(u64);
-
-impl Hasher for InodeHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u64(u64::from(*byte));
-        }
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        let mut mixed = self.0 ^ value;
-        mixed = (mixed ^ (mixed >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
-        mixed = (mixed ^ (mixed >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-        self.0 = mixed ^ (mixed >> 33);
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
-type InodeHash = BuildHasherDefault<InodeHasher>;
-
 #[derive(Default)]
 struct Shard {
     inodes: HashMap<Key, Arc<Inode>, InodeHash>,
@@ -215,14 +164,6 @@ pub(super) struct InodeStore {
     /// Shard where the clock hand stands.
     hand: AtomicUsize,
     pub(super) counters: InodeCounters,
-}
-
-fn birth(stat: &Statx) -> i64 {
-    stat.stx_btime.tv_sec.wrapping_mul(1_000_000_000).wrapping_add(i64::from(stat.stx_btime.tv_nsec))
-}
-
-pub(super) fn kind_of(stat: &Statx) -> u32 {
-    u32::from(stat.stx_mode) & libc::S_IFMT
 }
 
 impl InodeStore {
@@ -299,153 +240,6 @@ impl InodeStore {
     /// `EBADF`: there is none.
     pub(super) fn get(&self, node: NodeId) -> Result<Guard<Arc<Inode>>> {
         self.table.get(node.0).ok_or(Errno::BADF)
-    }
-
-    /// An `O_PATH` descriptor of the inode.
-    ///
-    /// # Errors
-    /// `ESTALE`: it was evicted and the file is gone.
-    pub(super) fn fd(&self, inode: &Inode) -> Result<InodeFd> {
-        inode.touch();
-        match inode.pinned() {
-            Some(fd) => Ok(InodeFd::Pinned(fd)),
-            None => self.repin(inode),
-        }
-    }
-
-    /// Opens the inode's file anew, for input and output. The caller has checked its kind.
-    pub(super) fn open(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
-        inode.touch();
-        self.with_descriptors(|| match inode.pinned() {
-            Some(fd) => sys::reopen(self.proc_self_fd.as_fd(), fd.as_fd(), flags),
-            None => self.open_handle(inode, flags),
-        })
-    }
-
-    /// Does `open`, which makes a descriptor; when the process has none left an inode gives one back first.
-    pub(super) fn with_descriptors<T>(&self, open: impl Fn() -> Result<T>) -> Result<T> {
-        match open() {
-            Err(Errno::MFILE | Errno::NFILE) => {
-                self.evict(8);
-                open().map_err(|errno| if errno == Errno::MFILE { Errno::NFILE } else { errno })
-            }
-            result => result,
-        }
-    }
-
-    /// Room for a descriptor, at the cost of an inode's if need be.
-    pub(super) fn take_token(&self) -> Option<FdToken> {
-        // Another thread may take what this one has freed; each round frees one, so this ends.
-        for _ in 0..4 {
-            if let Some(token) = self.budget.take() {
-                return Some(token);
-            }
-            if self.evict(1) == 0 {
-                return None;
-            }
-        }
-        self.budget.take()
-    }
-
-    fn open_handle(&self, inode: &Inode, flags: OFlags) -> Result<OwnedFd> {
-        let handle = inode.handle.get().ok_or(Errno::STALE)?;
-        let mount = inode.mount.open_by_handle_fd().ok_or(Errno::STALE)?;
-        self.counters.reopens.fetch_add(1, Ordering::Relaxed);
-        handle.open(mount, flags)
-    }
-
-    fn repin(&self, inode: &Inode) -> Result<InodeFd> {
-        let fd = self.with_descriptors(|| self.open_handle(inode, OFlags::PATH | OFlags::NOFOLLOW))?;
-        let Some(token) = self.take_token() else { return Ok(InodeFd::Transient(fd)) };
-        let fd = Arc::new(BudgetedFd::new(fd, token));
-        let mut shard = lock(self.shard(inode.key()));
-        // Not when it was forgotten meanwhile: nobody would ever evict it.
-        if self.table.get(inode.id).is_some() {
-            self.pin(&mut shard, inode, Arc::clone(&fd));
-        }
-        Ok(InodeFd::Repinned(fd))
-    }
-
-    /// Gives an inode of this shard a descriptor.
-    fn pin(&self, shard: &mut Shard, inode: &Inode, fd: Arc<BudgetedFd>) {
-        let before = inode.fd.swap(fd);
-        if before.is_uncounted() {
-            self.enqueue(shard, inode.id);
-        }
-    }
-
-    /// Puts a pinned inode where the clock hand finds it.
-    fn enqueue(&self, shard: &mut Shard, id: u64) {
-        if shard.pinned.len() > 2 * shard.inodes.len() + 64 {
-            shard.pinned.retain(|id| self.table.get(*id).is_some_and(|inode| inode.pinned().is_some()));
-            shard.pinned.shrink_to(2 * shard.inodes.len() + 64);
-        }
-        shard.pinned.push_back(id);
-    }
-
-    /// Takes the descriptors of up to `wanted` inodes. Returns how many were taken.
-    pub(super) fn evict(&self, wanted: usize) -> usize {
-        let mut evicted = 0;
-        if !self.mounts.any_handles() {
-            return 0;
-        }
-        // Twice around: the first pass may do no more than clear the marks.
-        for _ in 0..2 * SHARDS {
-            let index = self.hand.load(Ordering::Relaxed) % SHARDS;
-            let mut visits = lock(&self.shards[index]).pinned.len();
-            while visits > 0 && evicted < wanted {
-                visits -= 1;
-                let Some(candidate) = self.next_candidate(index) else { break };
-                if self.evict_one(&candidate) {
-                    evicted += 1;
-                } else {
-                    lock(&self.shards[index]).pinned.push_back(candidate.id);
-                }
-            }
-            if evicted >= wanted {
-                break;
-            }
-            // Whoever is first moves the hand on.
-            let _ =
-                self.hand.compare_exchange(index, (index + 1) % SHARDS, Ordering::Relaxed, Ordering::Relaxed);
-        }
-        self.counters.evictions.fetch_add(evicted as u64, Ordering::Relaxed);
-        evicted
-    }
-
-    /// The next pinned inode of a shard that may go, taken off its queue.
-    fn next_candidate(&self, index: usize) -> Option<Arc<Inode>> {
-        let mut shard = lock(&self.shards[index]);
-        for _ in 0..shard.pinned.len() {
-            let id = shard.pinned.pop_front()?;
-            let Some(inode) = self.table.get(id) else { continue };
-            if inode.pinned().is_none() {
-                continue;
-            }
-            let must_stay = inode.keep.load(Ordering::Relaxed) || inode.mount.handle_fd().is_none();
-            if must_stay || inode.used.swap(false, Ordering::Relaxed) {
-                shard.pinned.push_back(id);
-                continue;
-            }
-            return Some(Guard::into_inner(inode));
-        }
-        None
-    }
-
-    fn evict_one(&self, inode: &Inode) -> bool {
-        if inode.handle.get().is_none() {
-            let Some(fd) = inode.pinned() else { return true };
-            match FileHandle::of(fd.as_fd()) {
-                // Another thread may have been first, with the same handle.
-                Ok(handle) => drop(inode.handle.set(handle)),
-                Err(_) => {
-                    inode.mount.give_up_handles();
-                    return false;
-                }
-            }
-        }
-        inode.fd.store(Arc::clone(&self.absent));
-        true
     }
 
     /// The shard of an identity. The map inside uses other bits of the hash.

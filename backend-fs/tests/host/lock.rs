@@ -362,6 +362,35 @@ fn destroying_wakes_every_waiting_thread() {
 }
 
 #[test]
+fn interrupting_ends_waits_and_keeps_what_is_held() {
+    let export = export();
+    let mut host = HostProgram::start(&export);
+    assert_eq!(host.ask("posix 1 0 10"), 0);
+    let (dpu, again) = (Dpu::new(&export.fs, "file"), Dpu::new(&export.fs, "file"));
+    dpu.lock(1, WRITE, 50, 59).unwrap();
+    again.flock(WRITE, false).unwrap();
+    for _ in 0..30 {
+        std::thread::scope(|scope| {
+            let posix = scope.spawn(|| dpu.wait(1, WRITE, 0, 9));
+            let flock = scope.spawn(|| dpu.flock(WRITE, true));
+            wait_for("both threads", || export.fs.counts().lock_waiters == 2);
+            export.fs.interrupt_locks();
+            assert_eq!(posix.join().unwrap(), Err(Errno::INTR));
+            assert_eq!(flock.join().unwrap(), Err(Errno::INTR));
+        });
+        assert!(!again.free(50, 59), "the owner that waited keeps its other range");
+    }
+    export.fs.interrupt_locks();
+    std::thread::scope(|scope| {
+        let later = scope.spawn(|| dpu.wait(1, WRITE, 0, 9));
+        wait_for("the thread", || export.fs.counts().lock_waiters == 1);
+        assert_eq!(host.ask("posix 2 0 10"), 0);
+        assert_eq!(later.join().unwrap(), Ok(()), "waits that begin later are not interrupted");
+    });
+    assert!(!again.free(0, 9));
+}
+
+#[test]
 fn waking_works_in_threads_that_block_all_signals() {
     let export = export();
     let dpu = Dpu::new(&export.fs, "file");

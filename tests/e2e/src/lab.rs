@@ -16,6 +16,7 @@ use crate::initramfs::{Base, Luggage, Passenger};
 use crate::kernel::{Kernel, KernelLine};
 use crate::registry::Scratch;
 use crate::side::{DpuSide, HostSide};
+use crate::suites::{self, DEBIAN};
 
 /// The tag of the export.
 pub const TAG: &str = "export";
@@ -25,6 +26,9 @@ pub const MOUNT: &str = "/mnt";
 
 /// Host programs that every DPU takes along, from Debian's `acl` package.
 const ACL_PROGRAMS: [&str; 2] = ["/usr/bin/getfacl", "/usr/bin/setfacl"];
+
+/// Memory of a DPU that runs third-party suites.
+const SUITES_MEMORY_MIB: u64 = 1024;
 
 /// Lines of the DPU's kernel log that mean trouble.
 const KERNEL_TROUBLE: &str = "BUG:|WARNING:|Oops|blocked for more than|Call Trace|general protection";
@@ -42,6 +46,8 @@ pub struct Profile {
     pub request_queues: u16,
     /// Processors of the DPU.
     pub processors: u16,
+    /// Whether third-party suites come along: more memory, their programs, a Debian root.
+    pub suites: bool,
     /// Arguments of the daemon besides socket and directory.
     pub daemon: &'static [&'static str],
 }
@@ -54,6 +60,7 @@ impl Profile {
         memory: Memory::Plain,
         request_queues: 1,
         processors: 2,
+        suites: false,
         daemon: &["--cache=auto", "--xattr", "--posix-acl", "--announce-submounts"],
     };
 }
@@ -172,6 +179,17 @@ pub fn open_to_all(directory: &Path) -> Result<()> {
         .with_context(|| format!("cannot change the permissions of {}", directory.display()))
 }
 
+/// Mounts the Debian root and, inside of it, what its programs need and the export.
+fn enter_debian(dpu: &Dpu) -> Result<()> {
+    let script = format!(
+        "mkdir -p {DEBIAN}; mount -t ext4 -o ro /dev/vda {DEBIAN}
+         for name in dev proc sys; do mount --bind /$name {DEBIAN}/$name; done
+         mount -t tmpfs tmpfs {DEBIAN}/tmp; mount -t tmpfs tmpfs {DEBIAN}/root
+         mount --bind {MOUNT} {DEBIAN}{MOUNT}"
+    );
+    dpu.run(&["sh", "-ec", &script])?.success().map(drop)
+}
+
 fn luggage() -> Luggage {
     let programs = ACL_PROGRAMS
         .iter()
@@ -202,6 +220,7 @@ pub struct Session {
     pub daemon: Daemon,
     /// The export.
     pub export: Scratch,
+    suites: bool,
 }
 
 impl Session {
@@ -218,8 +237,19 @@ impl Session {
         for device in &mut config.devices {
             device.request_queues = profile.request_queues;
         }
+        if profile.suites {
+            config.memory_mib = SUITES_MEMORY_MIB;
+            config.disks.push(suites::debian_image(&lab.cache)?);
+            for program in [suites::PJDFSTEST, suites::FSX] {
+                let dpu = format!("/bin/{}", program.name);
+                config.luggage.programs.push(Passenger { host: program.get(&lab.cache)?, dpu });
+            }
+        }
         let dpu = lab.boot_and_mount(&config).with_context(|| daemon.log_tail())?;
-        Ok(Self { dpu, daemon, export })
+        if profile.suites {
+            enter_debian(&dpu)?;
+        }
+        Ok(Self { dpu, daemon, export, suites: profile.suites })
     }
 
     /// A directory of the export for one case, and both sides of it.
@@ -252,6 +282,9 @@ impl Session {
     /// When a step fails or the DPU's kernel complained.
     pub fn end(mut self) -> Result<()> {
         self.daemon.check_alive()?;
+        if self.suites {
+            self.dpu.run(&["umount", &format!("{DEBIAN}{MOUNT}")])?.success()?;
+        }
         unmount(&self.dpu)?;
         check_kernel_log(&self.dpu)?;
         self.dpu.power_off()?;

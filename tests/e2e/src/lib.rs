@@ -11,11 +11,13 @@
 //! | Module | Subject |
 //! |---|---|
 //! | [`cache`], [`apt`], [`kernel`] | artefacts: fetched from Debian, unpacked, kept |
+//! | [`suites`] | third-party programs for the DPU |
 //! | [`cpio`], [`initramfs`] | the DPU's first root |
 //! | [`wire`], [`agent`] | the protocol and its DPU side |
 //! | [`dpu`], [`daemon`] | the two processes of a case |
 //! | [`side`], [`lab`] | what cases work with |
 //! | [`cases`], [`expect`], [`runner`] | the cases, known differences, the score |
+//! | [`demo`] | what a newcomer sees |
 //! | [`registry`], [`deadline`], [`sys`] | cleaning up, waiting, system calls |
 //!
 //! # Limits
@@ -28,6 +30,7 @@ pub mod cases;
 pub mod cpio;
 pub mod daemon;
 pub mod deadline;
+pub mod demo;
 pub mod dpu;
 pub mod expect;
 pub mod initramfs;
@@ -36,6 +39,7 @@ pub mod lab;
 pub mod registry;
 pub mod runner;
 pub mod side;
+pub mod suites;
 pub mod sys;
 pub mod verbs;
 pub mod wire;

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{ContentArrangement, Table};
 use serde::Serialize;
 
@@ -82,7 +82,7 @@ impl Report {
     pub fn table(&self) -> String {
         let mut table = Table::new();
         table
-            .load_style(UTF8_HORIZONTAL_ONLY)
+            .load_style(UTF8_BORDERS_ONLY)
             .set_content_arrangement(ContentArrangement::Dynamic)
             .set_header(["case", "result", "seconds", "note"]);
         for score in &self.scores {
@@ -179,7 +179,9 @@ impl Runner<'_> {
         let (outcome, note) = match (result, known) {
             (Ok(note), None) => (Outcome::Pass, note),
             (Ok(_), Some(reason)) => (Outcome::ListOutOfDate, format!("listed as: {reason}")),
-            (Err(_), Some(reason)) => (Outcome::KnownDifference, reason.to_owned()),
+            (Err(error), Some(reason)) => {
+                (Outcome::KnownDifference, format!("{reason}\n{}", explain(&error)))
+            }
             (Err(error), None) => (Outcome::Fail, explain(&error)),
         };
         let score = Score { case, outcome, seconds: elapsed.as_secs_f64(), note };

@@ -13,6 +13,7 @@ use crate::deadline::wait_for;
 use crate::dpu::{Dpu, Finished, Job, RUN_LIMIT, program};
 use crate::initramfs::AGENT;
 use crate::registry::Group;
+use crate::suites::DEBIAN;
 use crate::verbs::lock::LOCKED;
 
 /// How long a lock may take that nobody holds; generous, because the DPU is emulated.
@@ -266,6 +267,17 @@ impl<'dpu> DpuSide<'dpu> {
     #[must_use]
     pub fn directory(&self) -> &str {
         &self.directory
+    }
+
+    /// Runs a shell script of the Debian root in the directory, with its own limit.
+    ///
+    /// # Errors
+    /// When it fails or takes too long.
+    pub fn debian_for(&self, limit: Duration, script: &str) -> Result<Finished> {
+        let mut program = program(&["/bin/sh", "-ec", script]);
+        program.cwd = Some(self.directory.clone());
+        program.root = Some(DEBIAN.to_owned());
+        self.dpu.run_program(program, limit)
     }
 
     /// Runs a shell script in the directory, with its own limit.

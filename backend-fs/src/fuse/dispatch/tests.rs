@@ -619,6 +619,18 @@ fn data_of_a_write_is_handed_over_where_it_lies() {
 }
 
 #[test]
+fn a_write_to_a_file_in_append_mode_is_appended_unless_it_is_a_page_written_back() {
+    for (write_flags, note) in [(0, "append 5 9 7 4 false"), (1, "write 5 9 7 4 false true")] {
+        let mut dpu = Dpu::mounted();
+        let flags = (libc::O_APPEND | libc::O_RDWR) as u32;
+        let arg = abi::WriteIn { fh: 9, offset: 7, size: 4, flags, write_flags, ..Default::default() };
+        let body = [arg.as_bytes(), b"data"].concat();
+        assert_eq!(dpu.body(Opcode::Write, &body, 8), [4, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(dpu.fs.notes(), [note]);
+    }
+}
+
+#[test]
 fn data_of_a_read_is_put_behind_the_header() {
     let mut dpu = Dpu::mounted();
     let (body, room) = example(Opcode::Read);

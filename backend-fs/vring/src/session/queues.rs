@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Device, Refused, Session};
 use crate::memory::{DirtyLog, DpuMemory};
@@ -211,6 +212,22 @@ impl<D: Device> Session<'_, D> {
     pub(super) fn stop_all(&mut self) {
         for index in 0..self.queues.len() as u16 {
             self.stop(index);
+        }
+    }
+
+    /// What the queues did, for the log; malformed chains are worth a warning.
+    pub(super) fn log_totals(&self) {
+        for (index, queue) in self.queues.iter().enumerate() {
+            let total = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+            let counters = &queue.counters;
+            let (chains, bad) = (total(&counters.chains), total(&counters.bad_chains));
+            let (kicks, signals) = (total(&counters.kicks), total(&counters.signals));
+            if chains > 0 {
+                tracing::debug!(queue = index, chains, kicks, signals, "queue totals");
+            }
+            if bad > 0 {
+                tracing::warn!(queue = index, "{bad} of {chains} descriptor chains were malformed");
+            }
         }
     }
 

@@ -102,23 +102,27 @@ fn two_dpus(lab: &Lab) -> Result<String> {
         ensure!(one.shell("cat baton")? == format!("back {round}\n"));
     }
     ensure!(one.shell("ls -d e* | wc -l; ls -d d* 2>/dev/null | wc -l")? == "10\n0\n");
-    // Only one of both may make a name.
-    let script = "touch ready-$(cat /proc/sys/kernel/random/uuid); while ! test -e go; do usleep 1000; done; n=0; won=0; while test $n -lt 40; do if mkdir race-$n 2>/dev/null; then won=$((won+1)); fi; n=$((n+1)); done; echo $won";
+    // Only one of both may make a name. They come from opposite ends, so that they meet.
+    let race = |side: &DpuSide<'_>, order: &str| {
+        side.shell(&format!(
+            "touch \"ready-{order}\"; while ! test -e go; do usleep 1000; done; won=0; \
+             for n in $(seq {order}); do if mkdir race-$n 2>/dev/null; then won=$((won+1)); fi; done; echo $won"
+        ))
+    };
     let (a, b) = std::thread::scope(|scope| {
-        let other = scope.spawn(|| one.shell(script));
-        let mine = scope.spawn(|| two.shell(script));
-        // Both stand at the line before the host gives the word.
+        let first = scope.spawn(|| race(&one, "1 1 40"));
+        let second = scope.spawn(|| race(&two, "40 -1 1"));
         let ready = wait_for("both DPUs to be ready", RUN_LIMIT, || {
             let names = std::fs::read_dir(export.path()).context("cannot list")?.flatten();
             let ready =
                 names.filter(|entry| entry.file_name().to_string_lossy().starts_with("ready-")).count();
             Ok((ready == 2).then_some(()))
         });
-        let go = std::fs::write(export.join("go"), "");
-        let mine = ready
-            .and(go.context("cannot write"))
-            .and(mine.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the second DPU panicked"))));
-        (other.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the other DPU panicked"))), mine)
+        // Without the word neither would ever end.
+        let go = std::fs::write(export.join("go"), "").context("cannot write");
+        let lost = |_| Err(anyhow::anyhow!("the thread of a DPU panicked"));
+        let (first, second) = (first.join().unwrap_or_else(lost), second.join().unwrap_or_else(lost));
+        (ready.and(go).and(first), second)
     });
     let won = |text: Result<String>| text?.trim().parse::<u32>().context("not a number");
     let (a, b) = (won(a)?, won(b)?);

@@ -5,6 +5,7 @@
 
 pub mod attributes;
 pub mod coherence;
+pub mod conformance;
 pub mod content;
 pub mod files;
 pub mod lifecycle;
@@ -59,6 +60,15 @@ impl Case {
         Self { name, group: Group::Basic, about, body: Body::Shared(profile, body) }
     }
 
+    const fn conformance(
+        name: &'static str,
+        profile: &'static Profile,
+        body: fn(&mut Stage<'_>) -> Result<String>,
+        about: &'static str,
+    ) -> Self {
+        Self { name, group: Group::Conformance, about, body: Body::Shared(profile, body) }
+    }
+
     const fn own(name: &'static str, body: fn(&Lab) -> Result<String>, about: &'static str) -> Self {
         Self { name, group: Group::Basic, about, body: Body::Own(body) }
     }
@@ -76,6 +86,7 @@ pub fn all() -> Vec<Case> {
         coherence::CASES,
         queues::CASES,
         lifecycle::CASES,
+        conformance::CASES,
     ]
     .concat()
 }

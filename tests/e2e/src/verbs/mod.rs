@@ -8,6 +8,7 @@ pub mod lock;
 pub mod map;
 pub mod pattern;
 pub mod space;
+pub mod stress;
 pub mod tree;
 
 use anyhow::{Context, Result};
@@ -36,6 +37,9 @@ pub enum Verb {
     /// Holes, allocation, copying inside the file system.
     #[command(subcommand)]
     Space(space::Verb),
+    /// Random operations, compared with a model.
+    #[command(subcommand)]
+    Stress(stress::Verb),
     /// Trees of many small files.
     #[command(subcommand)]
     Tree(tree::Verb),
@@ -54,6 +58,7 @@ impl Verb {
             Self::Map(verb) => verb.perform(),
             Self::Pattern(verb) => verb.perform(),
             Self::Space(verb) => verb.perform(),
+            Self::Stress(verb) => verb.perform(),
             Self::Tree(verb) => verb.perform(),
         }
     }

@@ -216,6 +216,20 @@ impl FileSystem for NotingFs {
         self.note(cx, format!("write {} {} {offset} {size} {kill_suidgid} {cached}", node.0, handle.0))
             .map(|()| claim)
     }
+    fn append(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        offset: u64,
+        from: Slices,
+        kill_suidgid: bool,
+    ) -> Result<usize> {
+        let claim = self.data(from, from.len());
+        let size = from.len();
+        self.note(cx, format!("append {} {} {offset} {size} {kill_suidgid}", node.0, handle.0))
+            .map(|()| claim)
+    }
     fn flush(&self, cx: &Context, node: NodeId, handle: HandleId, lock_owner: u64) -> Result<()> {
         self.note(cx, format!("flush {} {} {lock_owner}", node.0, handle.0))
     }
