@@ -16,6 +16,7 @@
 //!
 //! F and V are the attack classes for file servers and for rings and front ends in the project's threat list.
 
+pub mod answers;
 pub mod export;
 pub mod race;
 pub mod snapshot;
