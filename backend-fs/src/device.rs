@@ -10,15 +10,17 @@
 //! everything released that the DPU held.
 #![forbid(unsafe_code)]
 
+mod memory;
 mod syscalls;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use vring::memory::{Backing, DpuMemory};
-use vring::message::{MAX_CONFIG, feature};
+use vring::memory::DpuMemory;
+use vring::message::{MAX_CONFIG, MemoryRegion, feature};
 use vring::poll::PollWindow;
 use vring::ring::Ring;
 use vring::session::{self, Device, End, SessionError, Stop};
@@ -67,6 +69,7 @@ pub struct FsDevice<F: FileSystem + 'static> {
     queue_size: u32,
     poll: PollWindow,
     config: Option<[u8; MAX_CONFIG]>,
+    memory: memory::SharedMemory,
 }
 
 impl<F: FileSystem + 'static> FsDevice<F> {
@@ -85,6 +88,7 @@ impl<F: FileSystem + 'static> FsDevice<F> {
             queue_size: u32::from(options.queue_size),
             poll: PollWindow::new(options.poll_window, cpus),
             config: options.tag.as_ref().map(|tag| config_space(tag, options.request_queues)),
+            memory: memory::SharedMemory::default(),
         }
     }
 
@@ -165,8 +169,12 @@ impl<F: FileSystem + 'static> Device for FsDevice<F> {
         self.config.as_ref().map(<[u8; MAX_CONFIG]>::as_slice)
     }
 
+    fn check_region(&mut self, region: &MemoryRegion, fd: BorrowedFd<'_>) -> Result<(), String> {
+        self.memory.check(region, fd)
+    }
+
     fn memory_changed(&mut self, memory: &DpuMemory) {
-        tracing::info!("{}", describe(memory));
+        self.memory.log(memory);
     }
 
     fn start(&mut self, index: u16, ring: Ring) -> io::Result<()> {
@@ -191,34 +199,6 @@ impl<F: FileSystem + 'static> Device for FsDevice<F> {
     fn reset(&mut self) {
         self.offload.session().close(&**self.offload.fs());
     }
-}
-
-/// One line about the memory that a front end shared.
-pub fn describe(memory: &DpuMemory) -> String {
-    let (mut regions, mut bytes, mut huge, mut filed) = (0, 0u64, 0u64, 0u64);
-    let mut page_size = 0;
-    for info in memory.regions() {
-        regions += 1;
-        bytes += info.region.size;
-        match info.backing {
-            Backing::Hugetlb => {
-                huge += info.region.size;
-                page_size = page_size.max(info.page_size);
-            }
-            Backing::File => filed += info.region.size,
-            Backing::Shmem => {}
-        }
-    }
-    let mib = |bytes: u64| bytes >> 20;
-    let plural = if regions == 1 { "" } else { "s" };
-    let mut text = format!("DPU memory: {} MiB in {regions} region{plural}", mib(bytes));
-    if huge > 0 {
-        text += &format!(", {} MiB of it in hugepages of {} KiB", mib(huge), page_size >> 10);
-    }
-    if filed > 0 {
-        text += &format!(", {} MiB of it in ordinary files", mib(filed));
-    }
-    text
 }
 
 #[cfg(test)]

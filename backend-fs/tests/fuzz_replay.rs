@@ -2,6 +2,7 @@
 //!
 //! An input that broke something goes into `tests/fuzz/corpus/<target>` under a name that says what
 //! it does.
+#![allow(clippy::unwrap_used, reason = "a corpus that cannot be read fails the test")]
 
 use std::fs;
 use std::path::Path;

@@ -20,6 +20,10 @@ pub const CALLS: &[Call] = &[
     // Memory of the DPU.
     Call::any(libc::SYS_fstat, "size of shared memory"),
     Call::any(libc::SYS_fstatfs, "whether it is in hugepages, and their size"),
+    fcntl(libc::F_GET_SEALS, "whether it can shrink or is read-only"),
+    Call::any(libc::SYS_readlinkat, "the name of its file, where /proc can be seen"),
+    Call::any(libc::SYS_mincore, "which of its pages exist"),
+    Call::with_bits(libc::SYS_move_pages, 3, u64::MAX, 0, "on which NUMA nodes they lie; moves none"),
     // Rings.
     Call::any(libc::SYS_read, "kicks"),
     Call::any(libc::SYS_write, "calls; waking a worker"),

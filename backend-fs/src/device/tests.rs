@@ -25,6 +25,14 @@ fn failed(slot: u16, errno: Errno) -> Completed {
     Completed { slot, errno: errno.raw_os_error(), written: 16 }
 }
 
+fn wait_for(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not in time");
+        std::thread::yield_now();
+    }
+}
+
 fn mounted() -> (Dpu, dpu::Queue) {
     let dpu = Dpu::connect(|_, _| {});
     let queue = dpu.mount();
@@ -138,7 +146,8 @@ fn stopping_a_queue_ends_waits_for_locks_and_finishes_everything_else() {
     });
     assert_eq!(dpu.base(&queue), 3);
     opener.join().unwrap();
-    let completions = [dpu.take(&mut queue).unwrap(), dpu.take(&mut queue).unwrap()];
+    let mut completions = [dpu.take(&mut queue).unwrap(), dpu.take(&mut queue).unwrap()];
+    completions.sort_by_key(|completed| completed.slot);
     assert_eq!(completions, [failed(1, Errno::INTR), served(2)]);
     assert_eq!(dpu.take(&mut queue), None);
     assert_eq!(dpu.fs.look(|state| state.destroys), 0, "the DPU goes on later with what it has open");
@@ -189,7 +198,8 @@ fn disconnect_ends_everything_that_waits() {
     assert_eq!(dpu.disconnect().0.unwrap(), End::Disconnected);
     assert!(begun.elapsed() < END_LIMIT, "nothing was stuck");
     assert_eq!(fs.look(|state| (state.at_lock, state.destroys)), (0, 1));
-    assert_eq!(Arc::strong_count(&fs), 1, "no thread is left");
+    // Threads that are done may still be on their last instructions.
+    wait_for("no thread is left", || Arc::strong_count(&fs) == 1);
 }
 
 #[test]
@@ -253,11 +263,7 @@ fn broken_ring_stops_its_queue_and_no_other() {
     let mut second = dpu.start(2);
     let mut high_priority = dpu.start(0);
     dpu.break_ring(&first);
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while take_count(&first.err) == 0 {
-        assert!(Instant::now() < deadline, "the front end is told");
-        std::thread::yield_now();
-    }
+    wait_for("the front end is told", || take_count(&first.err) > 0);
     dpu.getattr(&mut second, 1, READY);
     assert_eq!(dpu.next(&mut second), served(1));
     dpu.submit(&mut high_priority, &[(5, FORGET, READY, &1u64.to_ne_bytes())]);
@@ -295,10 +301,4 @@ fn processor_lists_are_counted() {
     for nonsense in ["", "x", "3-1", "1-", "1,,2"] {
         assert_eq!(count_processors(nonsense), None, "{nonsense:?}");
     }
-}
-
-#[test]
-fn memory_is_described_in_one_line() {
-    let memory = DpuMemory::anonymous(8 << 20).unwrap();
-    assert_eq!(describe(&memory), "DPU memory: 8 MiB in 1 region");
 }

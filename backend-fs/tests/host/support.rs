@@ -303,6 +303,7 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
         assert!(Instant::now() < deadline, "waited too long for {what}");
+        // wait-loop: the caller's condition
         std::thread::sleep(Duration::from_millis(1));
     }
 }

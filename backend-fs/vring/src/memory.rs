@@ -85,6 +85,14 @@ pub enum MemoryError {
         /// Cause.
         source: io::Error,
     },
+    /// The device cannot work in it.
+    #[error("memory region at DPU address {addr:#x}: {why}")]
+    Unfit {
+        /// Region.
+        addr: u64,
+        /// Why, and what to change.
+        why: String,
+    },
     /// Every place for guarded mappings is taken.
     #[error(transparent)]
     Registry(#[from] sigbus::RegistryFull),

@@ -27,14 +27,15 @@
 mod queues;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use crate::connection::{Connection, ConnectionError, Received};
 use crate::memory::{DirtyLog, DpuMemory, MemoryError};
 use crate::message::{
-    self, ConfigRange, MAX_MEM_SLOTS, PayloadBuffer, ProtocolFeatures, Reply, Request, RequestError, feature,
+    self, ConfigRange, MAX_MEM_SLOTS, MemoryRegion, PayloadBuffer, ProtocolFeatures, Reply, Request,
+    RequestError, feature,
 };
 use crate::ring::{Ring, RingError};
 
@@ -64,7 +65,13 @@ pub trait Device {
     /// Configuration space; `None` leaves it to the front end (`CONFIG` is then not offered).
     fn config(&self) -> Option<&[u8]>;
 
-    /// The memory table changed; for logs and checks.
+    /// Looks at a region before it is mapped.
+    ///
+    /// # Errors
+    /// Why the device cannot work in it, and what to change in the front end. The region is refused.
+    fn check_region(&mut self, region: &MemoryRegion, fd: BorrowedFd<'_>) -> Result<(), String>;
+
+    /// The memory table changed; for logs.
     fn memory_changed(&mut self, memory: &DpuMemory);
 
     /// Serves a queue from now on. It may have work already.
@@ -263,6 +270,11 @@ impl<D: Device> Session<'_, D> {
         }
     }
 
+    fn check_region(&mut self, region: &MemoryRegion, fd: BorrowedFd<'_>) -> Result<(), MemoryError> {
+        let addr = region.dpu_addr;
+        self.device.check_region(region, fd).map_err(|why| MemoryError::Unfit { addr, why })
+    }
+
     fn log_refusal(&mut self, number: u32, refused: &Refused) {
         self.refusals += 1;
         if self.refusals <= LOGGED_REFUSALS {
@@ -312,11 +324,15 @@ impl<D: Device> Session<'_, D> {
             Request::ResetOwner => self.stop_all(),
             Request::SetMemTable(regions) => {
                 let table = regions.iter().copied().zip(fds.iter().map(AsFd::as_fd));
+                for (region, fd) in table.clone() {
+                    self.check_region(&region, fd)?;
+                }
                 let memory = self.memory.with_regions(table)?;
                 self.change_memory(memory);
             }
             Request::AddMemReg(region) => {
                 let fd = fds.first().ok_or(Refused::NoFd)?;
+                self.check_region(&region, fd.as_fd())?;
                 let memory = self.memory.with_region(region, fd.as_fd())?;
                 self.change_memory(memory);
             }

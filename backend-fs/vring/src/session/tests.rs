@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -14,13 +13,15 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::*;
-use crate::message::{HEADER_SIZE, Header, LogArea, MemoryRegion, VringAddress, VringState, number};
+use crate::message::{HEADER_SIZE, Header, LogArea, VringAddress, VringState, number};
 
 const USER: u64 = 0x7f00_0000_0000;
 const MEMORY: u64 = 0x10_0000;
 const AVAILABLE: u64 = 0x4000;
 const USED: u64 = 0x8000;
 const BUFFER: u64 = 0x1_0000;
+/// A region of this size is none the test device works in.
+const UNFIT: u64 = 0x2_0000;
 const FEATURES: u64 = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
 
 /// What happened to the device, seen from outside.
@@ -57,6 +58,9 @@ impl Device for TestDevice {
     }
     fn config(&self) -> Option<&[u8]> {
         self.config.as_deref()
+    }
+    fn check_region(&mut self, region: &MemoryRegion, _fd: BorrowedFd<'_>) -> Result<(), String> {
+        if region.size == UNFIT { Err("the device does not like it".into()) } else { Ok(()) }
     }
     fn memory_changed(&mut self, memory: &DpuMemory) {
         self.seen().tables.push(memory.regions().count());
@@ -456,6 +460,11 @@ fn refused_memory_leaves_everything_as_it_was() {
     let beyond = MemoryRegion { size: MEMORY + 1, ..whole() };
     front.nack(number::SET_MEM_TABLE, &table(&[beyond]), &[front.memory.as_fd()]);
     front.nack(number::SET_MEM_TABLE, &table(&[]), &[]);
+    front.nack(
+        number::SET_MEM_TABLE,
+        &table(&[MemoryRegion { size: UNFIT, ..whole() }]),
+        &[front.memory.as_fd()],
+    );
     front.nack(number::SET_MEM_TABLE, &table(&[whole(), whole()]), &[front.memory.as_fd(); 2]);
     front.nack(number::ADD_MEM_REG, &single(whole()), &[front.memory.as_fd()]);
     let (pipe, _writer) = rustix::pipe::pipe().unwrap();
