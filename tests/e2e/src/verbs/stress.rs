@@ -222,7 +222,7 @@ impl Model {
         };
         // Two names of one file: rename does nothing (rename(2)); a directory cannot move into itself.
         if to.starts_with(&from)
-            || (self.entries.get(&to).is_some() && self.entries.get(&to) == self.entries.get(&from))
+            || (self.entries.contains_key(&to) && self.entries.get(&to) == self.entries.get(&from))
         {
             return Ok(());
         }
