@@ -7,6 +7,7 @@ QUICK   ?=
 FUZZ_SECONDS ?= 60
 
 release := target/release
+share   := $(DESTDIR)$(PREFIX)/share
 export VIRTIOFSD ?= $(CURDIR)/.cache/peers/bin/virtiofsd
 export BACKEND_FS ?= $(CURDIR)/$(release)/backend-fs
 
@@ -57,7 +58,16 @@ fuzz:  ## Run every fuzz target for FUZZ_SECONDS (needs cargo-fuzz).
 install: build  ## Install binaries, man pages, completions and the vhost-user description. DESTDIR and PREFIX apply.
 	install -D -m 0755 $(release)/backend-fs $(DESTDIR)$(PREFIX)/libexec/backend-fs
 	install -D -m 0755 $(release)/dpu-hugepages $(DESTDIR)$(PREFIX)/sbin/dpu-hugepages
-	install -D -m 0644 share/qemu/vhost-user/60-backend-fs.json $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/60-backend-fs.json
+	sed 's|/usr/libexec/|$(PREFIX)/libexec/|' share/qemu/vhost-user/60-backend-fs.json | \
+	  install -D -m 0644 /dev/stdin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/60-backend-fs.json
+	$(release)/backend-fs --generate man | install -D -m 0644 /dev/stdin $(share)/man/man1/backend-fs.1
+	$(release)/backend-fs --generate bash | install -D -m 0644 /dev/stdin $(share)/bash-completion/completions/backend-fs
+	$(release)/backend-fs --generate zsh | install -D -m 0644 /dev/stdin $(share)/zsh/site-functions/_backend-fs
+	$(release)/backend-fs --generate fish | install -D -m 0644 /dev/stdin $(share)/fish/vendor_completions.d/backend-fs.fish
+	$(release)/dpu-hugepages man | install -D -m 0644 /dev/stdin $(share)/man/man1/dpu-hugepages.1
+	$(release)/dpu-hugepages completions bash | install -D -m 0644 /dev/stdin $(share)/bash-completion/completions/dpu-hugepages
+	$(release)/dpu-hugepages completions zsh | install -D -m 0644 /dev/stdin $(share)/zsh/site-functions/_dpu-hugepages
+	$(release)/dpu-hugepages completions fish | install -D -m 0644 /dev/stdin $(share)/fish/vendor_completions.d/dpu-hugepages.fish
 
 .PHONY: clean
 clean:  ## Remove build output and caches.

@@ -241,7 +241,10 @@ fn chroot_is_for_root() {
     let host = Host::new();
     // A copy, because the build directory may not be open to others.
     let program = host.path().join("backend-fs");
-    fs::copy(env!("CARGO_BIN_EXE_backend-fs"), &program).unwrap();
+    // By another process: a child that some other test forks meanwhile would inherit the descriptor this
+    // process writes to, and a file that is open for writing cannot be executed.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_backend-fs")).arg(&program).status();
+    assert!(copied.unwrap().success());
     let words = with(&["--sandbox=chroot"]);
     let mut command = host.command(&program, &words);
     if rustix::process::geteuid().is_root() {

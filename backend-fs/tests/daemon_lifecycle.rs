@@ -176,6 +176,12 @@ fn is_answered(stream: &mut UnixStream, patience: Duration) -> bool {
     stream.read_exact(&mut reply).is_ok() && reply[..4] == 1u32.to_ne_bytes()
 }
 
+/// Copies by another process: a child that some other test forks meanwhile would inherit the descriptor
+/// this process writes to, and a file that is open for writing cannot be executed.
+fn copy_program(from: &Path, to: &Path) {
+    assert!(Command::new("cp").arg(from).arg(to).status().unwrap().success());
+}
+
 fn mounts() -> String {
     std::fs::read_to_string("/proc/self/mountinfo").unwrap()
 }
@@ -488,13 +494,15 @@ fn limit_of_open_files_is_raised_as_far_as_it_goes() {
     let daemon = Daemon::ready(place.command());
     let got = open_files(daemon.server());
     assert!(got == 1_000_000 || got == hard, "{got}");
-    drop(daemon);
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.ends().0, 0);
 
     let mut command = place.command();
     command.arg("--rlimit-nofile=5000");
     let daemon = Daemon::ready(command);
     assert_eq!(open_files(daemon.server()), 5000);
-    drop(daemon);
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.ends().0, 0);
 
     let mut command = place.command();
     command.arg(format!("--rlimit-nofile={}", u32::MAX));
@@ -508,7 +516,7 @@ fn unprivileged_daemon_serves_from_its_own_namespaces() {
     for mode in ["namespace", "none"] {
         let place = Place::new();
         let program = place.path("backend-fs");
-        std::fs::copy(env!("CARGO_BIN_EXE_backend-fs"), &program).unwrap();
+        copy_program(Path::new(env!("CARGO_BIN_EXE_backend-fs")), &program);
         let with_path = place.command();
         let mut command = Command::new(program);
         command.args(with_path.get_args()).arg(format!("--sandbox={mode}"));

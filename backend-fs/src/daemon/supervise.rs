@@ -32,10 +32,7 @@ pub fn supervise(
     notifier: &Notifier,
     leftovers: Leftovers,
 ) -> Result<(), Error> {
-    if let Err(error) = supervisor.give_up_privileges(options) {
-        supervisor.signal(Signal::KILL);
-        return Err(error.into());
-    }
+    supervisor.release(options)?;
     let ending = watch(&mut supervisor, signals, notifier);
     drop(leftovers);
     ending

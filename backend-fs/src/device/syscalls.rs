@@ -23,7 +23,7 @@ pub const CALLS: &[Call] = &[
     fcntl(libc::F_GET_SEALS, "whether it can shrink or is read-only"),
     Call::any(libc::SYS_readlinkat, "the name of its file, where /proc can be seen"),
     Call::any(libc::SYS_mincore, "which of its pages exist"),
-    Call::any(libc::SYS_move_pages, "on which NUMA nodes they lie; moves none"),
+    Call::with_bits(libc::SYS_move_pages, 3, u64::MAX, 0, "on which NUMA nodes they lie; moves none"),
     // Rings.
     Call::any(libc::SYS_read, "kicks"),
     Call::any(libc::SYS_write, "calls; waking a worker"),

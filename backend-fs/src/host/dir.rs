@@ -126,7 +126,7 @@ impl HostFs {
         offset: u64,
         into: &mut DirBuffer,
     ) -> Result<()> {
-        let handle = self.handle(cx, node, handle)?;
+        let handle = self.directory(cx, node, handle)?;
         let into = RefCell::new(into);
         self.list(
             &handle,
@@ -149,7 +149,7 @@ impl HostFs {
         into: &mut DirBuffer,
     ) -> Result<()> {
         let dir = self.inode(cx, node)?;
-        let handle = self.handle(cx, node, handle)?;
+        let handle = self.directory(cx, node, handle)?;
         let into = RefCell::new(into);
         self.list(
             &handle,

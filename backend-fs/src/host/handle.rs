@@ -44,6 +44,7 @@ pub(super) enum ReadMode {
 pub(super) struct Handle {
     id: u64,
     node: NodeId,
+    directory: bool,
     file: BudgetedFd,
     pub(super) mount: Arc<Mount>,
     read_mode: AtomicU8,
@@ -73,6 +74,7 @@ impl Handle {
         Ok(Self {
             id: 0,
             node: NodeId(0),
+            directory: false,
             file,
             mount: Mount::none(),
             read_mode: AtomicU8::new(ReadMode::Offload as u8),
@@ -137,10 +139,33 @@ pub(super) fn changes(flags: OFlags) -> bool {
 }
 
 impl HostFs {
-    /// The open file of a request on `node`.
+    /// The open regular file of a request on `node`.
     ///
     /// # Errors
-    /// `EBADF`: no such handle, or of another inode. `EAGAIN`: as [`HostFs::inode`].
+    /// `EBADF`: no such handle, of another inode, or of a directory. `EAGAIN`: as [`HostFs::inode`].
+    pub(super) fn file(&self, cx: &Context, node: NodeId, handle: HandleId) -> Result<Guard<Arc<Handle>>> {
+        self.handle(cx, node, handle)
+            .and_then(|found| if found.directory { Err(Errno::BADF) } else { Ok(found) })
+    }
+
+    /// The open directory of a request on `node`.
+    ///
+    /// # Errors
+    /// As [`HostFs::file`].
+    pub(super) fn directory(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: HandleId,
+    ) -> Result<Guard<Arc<Handle>>> {
+        self.handle(cx, node, handle)
+            .and_then(|found| if found.directory { Ok(found) } else { Err(Errno::BADF) })
+    }
+
+    /// The open file or directory of a request on `node`.
+    ///
+    /// # Errors
+    /// As [`HostFs::file`].
     pub(super) fn handle(&self, cx: &Context, node: NodeId, handle: HandleId) -> Result<Guard<Arc<Handle>>> {
         let found = self.handles.get(handle.0).filter(|found| found.node == node).ok_or(Errno::BADF)?;
         if !cx.may_block && found.mount.kind == FsKind::Remote {
@@ -222,6 +247,7 @@ impl HostFs {
             .insert(|id| Handle {
                 id,
                 node: inode.node(),
+                directory,
                 file: BudgetedFd::new(file, token),
                 read_mode: AtomicU8::new(read_mode(&mount, flags) as u8),
                 slow_writes: mount.kind == FsKind::Remote
@@ -234,9 +260,13 @@ impl HostFs {
         Ok(Opened { handle: HandleId(handle.id), flags: fopen_flags(self.options.cache, directory) })
     }
 
-    pub(super) fn do_release(&self, node: NodeId, release: Release) -> Result<()> {
-        let handle =
-            self.handles.get(release.handle.0).filter(|found| found.node == node).ok_or(Errno::BADF)?;
+    /// RELEASE, or RELEASEDIR of a `directory`.
+    pub(super) fn do_release(&self, node: NodeId, release: Release, directory: bool) -> Result<()> {
+        let handle = self
+            .handles
+            .get(release.handle.0)
+            .filter(|found| found.node == node && found.directory == directory)
+            .ok_or(Errno::BADF)?;
         if release.flock_owner.is_some() {
             // A thread that still waits for this lock keeps the description open.
             let _ = rustix::fs::flock(handle.as_fd(), rustix::fs::FlockOperation::NonBlockingUnlock);

@@ -83,6 +83,13 @@ fn write_all(handle: &Handle, offset: i64, from: &Slices, append: bool) -> Resul
     Ok(done)
 }
 
+fn sync(cx: &Context, handle: &Handle, data_only: bool) -> Result<()> {
+    if !cx.may_block && handle.mount.kind != FsKind::Memory {
+        return Err(Errno::AGAIN);
+    }
+    if data_only { rustix::fs::fdatasync(handle) } else { rustix::fs::fsync(handle) }
+}
+
 /// Whether the file has bits that a write by a caller without privilege clears. A DPU's kernel marks every
 /// write of such a caller, and changing capabilities twice costs several times what this question does.
 fn has_set_id(handle: &Handle) -> Result<bool> {
@@ -100,7 +107,7 @@ impl HostFs {
         into: Slices,
     ) -> Result<usize> {
         let offset = file_offset(offset)?;
-        let handle = self.handle(cx, node, handle)?;
+        let handle = self.file(cx, node, handle)?;
         if cx.may_block {
             return read_all(&handle, offset, &into, false);
         }
@@ -130,7 +137,7 @@ impl HostFs {
     ) -> Result<usize> {
         self.writable()?;
         let offset = file_offset(offset)?;
-        let handle = self.handle(cx, node, handle)?;
+        let handle = self.file(cx, node, handle)?;
         if handle.slow_writes && !cx.may_block {
             return Err(Errno::AGAIN);
         }
@@ -147,7 +154,7 @@ impl HostFs {
         handle: HandleId,
         lock_owner: u64,
     ) -> Result<()> {
-        let handle = self.handle(cx, node, handle)?;
+        let handle = self.file(cx, node, handle)?;
         self.locks.drop_owner(node, lock_owner);
         match handle.mount.kind {
             // These have nothing to do at close.
@@ -167,11 +174,19 @@ impl HostFs {
         handle: HandleId,
         data_only: bool,
     ) -> Result<()> {
-        let handle = self.handle(cx, node, handle)?;
-        if !cx.may_block && handle.mount.kind != FsKind::Memory {
-            return Err(Errno::AGAIN);
-        }
-        if data_only { rustix::fs::fdatasync(handle.as_fd()) } else { rustix::fs::fsync(handle.as_fd()) }
+        let handle = self.file(cx, node, handle)?;
+        sync(cx, &handle, data_only)
+    }
+
+    pub(super) fn do_fsyncdir(
+        &self,
+        cx: &Context,
+        node: NodeId,
+        handle: HandleId,
+        data_only: bool,
+    ) -> Result<()> {
+        let handle = self.directory(cx, node, handle)?;
+        sync(cx, &handle, data_only)
     }
 
     /// Syncs the file system of `node`; from the root without announced submounts, every one below too,
@@ -212,7 +227,7 @@ impl HostFs {
         len: u64,
     ) -> Result<()> {
         self.writable()?;
-        let handle = self.handle(cx, node, handle)?;
+        let handle = self.file(cx, node, handle)?;
         let known = FallocateFlags::KEEP_SIZE
             | FallocateFlags::PUNCH_HOLE
             | FallocateFlags::COLLAPSE_RANGE
@@ -242,16 +257,13 @@ impl HostFs {
         offset: u64,
         whence: u32,
     ) -> Result<u64> {
-        let handle = self.handle(cx, node, handle)?;
+        let handle = self.file(cx, node, handle)?;
         file_offset(offset)?;
         let from = match i32::try_from(whence) {
             Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
             Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
             _ => return Err(Errno::INVAL),
         };
-        // A listing must find out where a seek in its directory has left it.
-        let mut position = super::table::lock(&handle.position);
-        *position = None;
         rustix::fs::seek(handle.as_fd(), from)
     }
 
@@ -262,8 +274,8 @@ impl HostFs {
         if range.flags != 0 {
             return Err(Errno::INVAL);
         }
-        let source = self.handle(cx, source_node, source)?;
-        let target = self.handle(cx, target_node, target)?;
+        let source = self.file(cx, source_node, source)?;
+        let target = self.file(cx, target_node, target)?;
         let len = range.len.min(MAX_COPY);
         for start in [source_offset, target_offset] {
             file_offset(start)?.checked_add(len as i64).ok_or(Errno::OVERFLOW)?;

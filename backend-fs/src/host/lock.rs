@@ -117,7 +117,7 @@ pub(super) struct Locks {
     next_wait: AtomicU64,
     registry: Mutex<Registry>,
     left: Condvar,
-    /// Number of the DPU's kernel: each new one cancels what the one before waits for.
+    /// Each new one cancels what was begun in the ones before.
     epoch: AtomicU64,
     /// Number of [`Locks::interrupt_all`] calls so far.
     interruptions: AtomicU64,
@@ -385,9 +385,11 @@ impl Locks {
 
     /// Closes the files by `close_files`, ends every wait with `EINTR` and drops every lock.
     ///
-    /// In this order: a request that reads the new epoch finds no file any more, one that found its file
-    /// has read the old epoch.
+    /// The epoch ends twice. Before the files are closed: their locks go with them, and a thread that gets
+    /// one of these must not take it for its own. And after: a request that still found its file has read an
+    /// epoch that is over, one that reads the new epoch finds no file.
     pub(super) fn cancel_all(&self, close_files: impl FnOnce()) {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
         close_files();
         let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
         self.wake_until_gone(|waiter| waiter.epoch < epoch);
@@ -456,10 +458,11 @@ impl HostFs {
         };
         // Only a copy is kept while the thread waits: a guard would be one of few.
         let _handle = Guard::into_inner(handle);
-        let result = self.set_posix(epoch, node, &owner, &request, &asked, wait);
-        if result == Err(Errno::INTR) && self.locks.epoch() != epoch {
-            // Cancelled, perhaps at the moment when the lock was granted.
+        let mut result = self.set_posix(epoch, node, &owner, &request, &asked, wait);
+        if self.locks.epoch() != epoch {
+            // Cancelled, perhaps at the moment when the lock was granted and after all locks were dropped.
             self.locks.release_all_at_host(&owner);
+            result = Err(Errno::INTR);
         }
         self.locks.done(node.0, request.owner);
         result

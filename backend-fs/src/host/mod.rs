@@ -3,24 +3,24 @@
 //! | module | job |
 //! |---|---|
 //! | [`options`] | what the command line decides |
-//! | [`lookup`] | names to inodes, beneath the root |
-//! | [`handle`] | open files and directories |
-//! | [`namespace`] | create, link, rename, remove |
-//! | [`io`] | read, write and what else acts on an open file |
-//! | [`attr`] | attributes of inodes and of the file system |
-//! | [`dir`] | directory listings |
-//! | [`xattr`] | extended attributes, renamed by [`xattrmap`] |
-//! | [`lock`], [`lock_ranges`] | `flock` and POSIX locks on the host |
-//! | [`inode`], [`table`], [`mount`], [`fd_budget`] | what the DPU knows, within its budgets |
-//! | [`cred`] | acting as the caller; ids translated by [`idmap`] |
-//! | [`sys`] | system calls without a safe wrapper |
+//! | `lookup` | names to inodes, beneath the root |
+//! | `handle` | open files and directories |
+//! | `namespace` | create, link, rename, remove |
+//! | `io` | read, write and what else acts on an open file |
+//! | `attr` | attributes of inodes and of the file system |
+//! | `dir` | directory listings |
+//! | `xattr` | extended attributes, renamed by [`xattrmap`] |
+//! | `lock`, `lock_ranges` | `flock` and POSIX locks on the host |
+//! | `inode`, `table`, `mount`, `fd_budget` | what the DPU knows, within its budgets |
+//! | `cred` | acting as the caller; ids translated by [`idmap`] |
+//! | `sys` | system calls without a safe wrapper |
 //!
 //! Rules that hold throughout:
 //! - Nothing is opened through a symbolic link, by a path of more than one component, or above the root.
 //! - Only regular files and directories are ever opened for input or output; every other inode is
 //!   touched through an `O_PATH` descriptor alone.
 //! - `EAGAIN` for a thread that may not block comes before any effect.
-//! - On a file system that may wait for another machine ([`mount::FsKind::Remote`]) every operation blocks.
+//! - On a file system that may wait for another machine (`mount::FsKind::Remote`) every operation blocks.
 
 mod attr;
 mod cred;
@@ -347,7 +347,7 @@ impl FileSystem for HostFs {
     }
 
     fn release(&self, _cx: &Context, node: NodeId, release: Release) -> Result<()> {
-        self.do_release(node, release)
+        self.do_release(node, release, false)
     }
 
     fn fsync(&self, cx: &Context, node: NodeId, handle: HandleId, data_only: bool) -> Result<()> {
@@ -401,11 +401,11 @@ impl FileSystem for HostFs {
     }
 
     fn releasedir(&self, _cx: &Context, node: NodeId, release: Release) -> Result<()> {
-        self.do_release(node, release)
+        self.do_release(node, release, true)
     }
 
     fn fsyncdir(&self, cx: &Context, node: NodeId, handle: HandleId, data_only: bool) -> Result<()> {
-        self.do_fsync(cx, node, handle, data_only)
+        self.do_fsyncdir(cx, node, handle, data_only)
     }
 
     fn statfs(&self, cx: &Context, node: NodeId) -> Result<abi::Kstatfs> {

@@ -219,3 +219,39 @@ impl Mounts {
         ((again.stx_ino, device_of(&again)) == (stat.stx_ino, device_of(stat))).then_some(anchor)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_of_file_systems_are_known_by_their_numbers() {
+        // tmpfs, ext4, overlayfs, NFS, FUSE, and one that nobody knows.
+        let kinds = [0x0102_1994, 0xef53, 0x794c_7630, 0x6969, 0x6573_5546, 1].map(FsKind::of_magic);
+        use FsKind::{Disk, Memory, Other, Remote};
+        assert_eq!(kinds, [Memory, Disk, Other, Remote, Remote, Other]);
+    }
+
+    #[test]
+    fn a_mount_goes_when_its_last_inode_has_gone() {
+        let proc_self_fd =
+            rustix::fs::open("/proc/self/fd", OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+        let open = |path| rustix::fs::open(path, OFlags::PATH, rustix::fs::Mode::empty()).unwrap();
+        let mounts = Mounts::new(FileHandles::Prefer);
+        let known = |fd: &OwnedFd| {
+            let stat = sys::stat_fd(fd.as_fd()).unwrap();
+            mounts.get(proc_self_fd.as_fd(), fd.as_fd(), &stat).unwrap()
+        };
+        let (memory, proc) = (open("/dev/shm"), open("/proc"));
+        let first = known(&memory);
+        assert!(first.kind == FsKind::Memory && Arc::ptr_eq(&first, &known(&memory)));
+        assert!(first.handle_fd().is_some() && mounts.any_handles());
+        let second = known(&proc);
+        assert!(second.handle_fd().is_none());
+        assert_eq!(mounts.all().len(), 2);
+        drop(first);
+        known(&open("/sys"));
+        assert_eq!(mounts.all().len(), 2);
+        assert!(Arc::ptr_eq(&second, &known(&proc)));
+    }
+}

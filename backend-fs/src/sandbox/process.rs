@@ -13,7 +13,7 @@
 //! the middle process is gone. In the modes without namespaces the server is forked directly.
 //!
 //! The server starts work only on the supervisor's "go": the parent-death signal counts from the last
-//! change of parent.
+//! change of parent, and what the DPU may reach through the server must not find an unsealed supervisor.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -281,18 +281,24 @@ pub struct Supervisor {
 impl Supervisor {
     fn adopt(pid: Pid, link: OwnedFd) -> Result<Self, Error> {
         let server = pidfd_open(pid, PidfdFlags::empty()).map_err(Error::start("watching the server"))?;
-        rustix::io::write(&link, b"g").map_err(Error::start("starting the server"))?;
         Ok(Self { pid, server, link: Some(link) })
     }
 
-    /// Stage 1: gives up what waiting and cleaning up does not need.
+    /// Stage 1: gives up what waiting and cleaning up does not need, then lets the server begin. If that
+    /// fails, dropping the supervisor ends the server.
     ///
     /// # Errors
-    /// [`Error::Capabilities`], [`Error::Seccomp`].
-    pub fn give_up_privileges(&self, options: &SandboxOptions) -> Result<(), Error> {
+    /// [`Error::Capabilities`], [`Error::Seccomp`], [`Error::Start`].
+    pub fn release(&self, options: &SandboxOptions) -> Result<(), Error> {
         let keep: CapsHashSet = [Capability::CAP_DAC_OVERRIDE].into();
         capabilities::reduce(&keep, &CapsHashSet::new())?;
-        seccomp::install(options.seccomp, &[seccomp::RUNTIME_CALLS, SUPERVISOR_CALLS])
+        seccomp::install(options.seccomp, &[seccomp::RUNTIME_CALLS, SUPERVISOR_CALLS])?;
+        match &self.link {
+            Some(link) => {
+                rustix::io::write(link, b"g").map(drop).map_err(Error::start("starting the server"))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Pid of the server in this process's namespace.

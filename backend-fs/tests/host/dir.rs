@@ -105,7 +105,7 @@ fn files_cannot_be_listed() {
     let export = Export::new();
     export.put("file", "");
     let (node, handle) = export.open("file", RDONLY);
-    assert_eq!(export.list_page(node, handle, 0, 4096, false), Err(Errno::NOTDIR));
+    assert_eq!(export.list_page(node, handle, 0, 4096, false), Err(Errno::BADF));
     assert_eq!(export.fs.opendir(&AS_ROOT, node, 0).err(), Some(Errno::NOTDIR));
 }
 

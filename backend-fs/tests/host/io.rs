@@ -94,7 +94,13 @@ fn handles_of_other_files_and_released_handles_are_refused() {
     assert_eq!(export.read(&AS_ROOT, (a, HandleId(handle.0 + 1)), 0, 1), Err(Errno::BADF));
     let release = Release { handle, flock_owner: None };
     assert_eq!(export.fs.release(&AS_ROOT, b, release), Err(Errno::BADF));
+    assert_eq!(export.fs.releasedir(&AS_ROOT, a, release), Err(Errno::BADF));
+    assert_eq!(export.fs.fsyncdir(&AS_ROOT, a, handle, false), Err(Errno::BADF));
     assert_eq!(export.fs.release(&AS_ROOT, a, release), Ok(()));
+    let dir = export.fs.opendir(&AS_ROOT, ROOT, 0).unwrap().handle;
+    assert_eq!(export.read(&AS_ROOT, (ROOT, dir), 0, 1), Err(Errno::BADF));
+    assert_eq!(export.fs.fsync(&AS_ROOT, ROOT, dir, false), Err(Errno::BADF));
+    assert_eq!(export.fs.fsyncdir(&AS_ROOT, ROOT, dir, false), Ok(()));
     assert_eq!(export.fs.release(&AS_ROOT, a, release), Err(Errno::BADF));
     assert_eq!(export.read(&AS_ROOT, (a, handle), 0, 1), Err(Errno::BADF));
 }

@@ -100,6 +100,6 @@ fn mandatory_file_handles_are_refused_where_there_are_none() {
     let proc = std::path::Path::new("/proc/sys");
     assert!(serve(proc, options(FileHandles::Mandatory)).is_err());
     assert!(serve(proc, options(FileHandles::Prefer)).is_ok());
-    let export = Export::new();
+    let export = Export::with(On::Memory, HostOptions::default());
     assert!(serve(&export.path, options(FileHandles::Mandatory)).is_ok());
 }

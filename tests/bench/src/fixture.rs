@@ -28,6 +28,21 @@ pub struct Fixture {
     dir: TempDir,
 }
 
+/// Start of the directory's name, before the process id.
+const PREFIX: &str = "bench-fs-";
+
+/// Removes directories whose process is gone. What cannot be removed is not ours to complain about.
+fn remove_leftovers() {
+    let Ok(entries) = std::fs::read_dir("/dev/shm") else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('-').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// The 8 bytes at position `word` of the data file.
 pub fn word_at(word: u64) -> u64 {
     (word ^ 0x5DEE_CE66).wrapping_mul(0xD134_2543_DE82_EF95)
@@ -49,10 +64,11 @@ pub fn listed_name(index: usize) -> String {
 }
 
 impl Fixture {
-    /// Fills a fresh directory in /dev/shm.
+    /// Fills a fresh directory in /dev/shm, after removing those of runs that were killed.
     pub fn new() -> anyhow::Result<Self> {
+        remove_leftovers();
         let dir = tempfile::Builder::new()
-            .prefix("bench-fs-")
+            .prefix(&format!("{PREFIX}{}-", std::process::id()))
             .tempdir_in("/dev/shm")
             .context("cannot make a directory in /dev/shm")?;
         let fixture = Fixture { dir };

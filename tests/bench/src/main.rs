@@ -35,7 +35,14 @@ use rows::{ROWS, Row};
 
 fn main() -> ExitCode {
     let Subject::Fs(args) = Arguments::parse().subject;
-    match run(&args) {
+    let rows = match select(&args.only) {
+        Ok(rows) => rows,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&args, &rows) {
         Ok(met) if met || !args.gate => ExitCode::SUCCESS,
         Ok(_) => ExitCode::from(1),
         Err(error) => {
@@ -46,8 +53,7 @@ fn main() -> ExitCode {
 }
 
 /// Measures and prints; true if every goal was met.
-fn run(args: &FsArguments) -> anyhow::Result<bool> {
-    let rows = select(&args.only)?;
+fn run(args: &FsArguments, rows: &[&'static Row]) -> anyhow::Result<bool> {
     if args.list {
         rows.iter().for_each(|row| {
             println!("{:4} {:36} {:10} {}", row.id, row.title(), row.metric.unit(), report::goal_text(row));
@@ -91,7 +97,7 @@ fn run(args: &FsArguments) -> anyhow::Result<bool> {
     }
     drop(rigs);
     drop(hugepages);
-    print_report(args, &machine, &rows, &outcomes)?;
+    print_report(args, &machine, rows, &outcomes)?;
     Ok(outcomes.iter().all(|outcome| outcome.missed.is_empty()))
 }
 

@@ -222,10 +222,12 @@ pub fn table(rows: &[&Row], outcomes: &[Outcome]) -> Table {
             outcome.missed.iter().filter_map(|text| text.split_whitespace().next()).collect();
         let verdict = match (outcome.missed.is_empty(), outcome.not_slower) {
             (true, _) => "ok".to_owned(),
+            (false, _) if row.about_hugepages() => "miss".to_owned(),
             (false, Some(false)) => format!("SLOWER ({})", what.join(", ")),
             (false, _) => format!("miss ({})", what.join(", ")),
         };
-        cells.push(Cell::new(verdict));
+        let small_pages = outcome.vs_small_pages.map(|ratio| format!(", {} small pages", times(Some(ratio))));
+        cells.push(Cell::new(verdict + &small_pages.unwrap_or_default()));
         table.add_row(cells);
     }
     table

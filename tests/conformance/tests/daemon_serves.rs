@@ -156,14 +156,15 @@ fn both_kernels_and_every_kind_of_ring_are_served() {
 fn kind_of_memory_is_logged() {
     let mut export = Export::start(&[]);
     export.work_out(SessionOptions::default());
-    assert!(export.daemon.stderr().contains("DPU memory: "), "{}", export.daemon.stderr());
+    let line = "DPU memory: 64 MiB shared, memfd, 4K pages";
+    assert!(export.daemon.stderr().contains(line), "{}", export.daemon.stderr());
 
     let memory = 64 << 20;
     let _pages = HugepageReservation::new(NonZeroUsize::new(memory + (4 << 20)).unwrap()).unwrap();
     let device = DeviceOptions { backing: Backing::Hugetlb2M, memory, ..Default::default() };
     let mut export = Export::start(&[]);
     export.work_out(SessionOptions { device, ..Default::default() });
-    assert!(export.daemon.stderr().contains("hugepages of 2048 KiB"), "{}", export.daemon.stderr());
+    assert!(export.daemon.stderr().contains("memfd on hugepages of 2M"), "{}", export.daemon.stderr());
 }
 
 #[test]

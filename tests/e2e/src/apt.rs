@@ -145,9 +145,9 @@ impl Apt {
 /// When it cannot be started or fails; then with what it wrote to its error output.
 pub fn run_tool(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .output()
-        .with_context(|| format!("cannot run {name}: run tests/e2e/setup to install what is needed"))?;
+    let output = command.output().with_context(|| {
+        format!("cannot run {name}: run `tests/setup packages` to install what is needed")
+    })?;
     if !output.status.success() {
         let arguments: Vec<_> = command.get_args().map(|arg| arg.to_string_lossy()).collect();
         bail!(

@@ -30,7 +30,7 @@ const BOOT_LIMIT: Duration = Duration::from_secs(90);
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a program in the DPU may take unless the caller says otherwise.
-pub const RUN_LIMIT: Duration = Duration::from_secs(60);
+pub const RUN_LIMIT: Duration = Duration::from_secs(150);
 
 /// How long a killed program may take to be gone; one that waits inside the file system may take for ever.
 const KILL_LIMIT: Duration = Duration::from_secs(3);
@@ -242,8 +242,8 @@ impl Dpu {
         let started = Instant::now();
         let mut command = Command::new("qemu-system-x86_64");
         command.args(config.qemu_arguments(&scratch)).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let mut qemu =
-            Group::spawn("QEMU", &mut command).context("run tests/e2e/setup to install what is needed")?;
+        let mut qemu = Group::spawn("QEMU", &mut command)
+            .context("run `tests/setup packages` to install what is needed")?;
         let check = |qemu: &mut Group| match qemu.ended()? {
             None => Ok(()),
             Some(status) => Err(anyhow!("QEMU ended ({})", describe_exit(status)))

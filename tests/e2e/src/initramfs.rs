@@ -65,7 +65,7 @@ impl Base {
         cpio.file("etc/passwd", 0o644, PASSWD.as_bytes())?;
         cpio.file("etc/group", 0o644, GROUP.as_bytes())?;
         let busybox = fs::read(BUSYBOX).with_context(|| {
-            format!("{BUSYBOX} is missing: run tests/e2e/setup to install what is needed")
+            format!("{BUSYBOX} is missing: run `tests/setup packages` to install what is needed")
         })?;
         cpio.file("bin/busybox", 0o755, &busybox)?;
         for applet in run_tool(Command::new(BUSYBOX).arg("--list"))?.lines() {

@@ -193,7 +193,7 @@ fn read_module(path: &Path) -> Result<Vec<u8>> {
                 .args(["--decompress", "--stdout"])
                 .arg(path)
                 .output()
-                .context("cannot run xz: run tests/e2e/setup to install what is needed")?;
+                .context("cannot run xz: run `tests/setup packages` to install what is needed")?;
             if !output.status.success() {
                 bail!("xz cannot unpack {}", path.display());
             }

@@ -27,6 +27,12 @@ pub const MOUNT: &str = "/mnt";
 /// Host programs that every DPU takes along, from Debian's `acl` package.
 const ACL_PROGRAMS: [&str; 2] = ["/usr/bin/getfacl", "/usr/bin/setfacl"];
 
+/// Where the programs of third-party suites lie in the DPU.
+pub const SUITE_PROGRAMS: &str = "/opt/bin";
+
+/// A `sleep` that is a program of its own, from Debian's coreutils.
+const SLEEP: &str = "/bin/sleep";
+
 /// Memory of a DPU that runs third-party suites.
 const SUITES_MEMORY_MIB: u64 = 1024;
 
@@ -179,6 +185,10 @@ pub fn open_to_all(directory: &Path) -> Result<()> {
         .with_context(|| format!("cannot change the permissions of {}", directory.display()))
 }
 
+fn suite_program(host: PathBuf, name: &str) -> Passenger {
+    Passenger { host, dpu: format!("{SUITE_PROGRAMS}/{name}") }
+}
+
 /// Mounts the Debian root and, inside of it, what its programs need and the export.
 fn enter_debian(dpu: &Dpu) -> Result<()> {
     let script = format!(
@@ -241,9 +251,9 @@ impl Session {
             config.memory_mib = SUITES_MEMORY_MIB;
             config.disks.push(suites::debian_image(&lab.cache)?);
             for program in [suites::PJDFSTEST, suites::FSX] {
-                let dpu = format!("/bin/{}", program.name);
-                config.luggage.programs.push(Passenger { host: program.get(&lab.cache)?, dpu });
+                config.luggage.programs.push(suite_program(program.get(&lab.cache)?, program.name));
             }
+            config.luggage.programs.push(suite_program(PathBuf::from(SLEEP), "sleep"));
         }
         let dpu = lab.boot_and_mount(&config).with_context(|| daemon.log_tail())?;
         if profile.suites {

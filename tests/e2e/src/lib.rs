@@ -17,6 +17,7 @@
 //! | [`dpu`], [`daemon`] | the two processes of a case |
 //! | [`side`], [`lab`] | what cases work with |
 //! | [`cases`], [`expect`], [`runner`] | the cases, known differences, the score |
+//! | [`demo`] | what a newcomer sees |
 //! | [`registry`], [`deadline`], [`sys`] | cleaning up, waiting, system calls |
 //!
 //! # Limits
@@ -29,6 +30,7 @@ pub mod cases;
 pub mod cpio;
 pub mod daemon;
 pub mod deadline;
+pub mod demo;
 pub mod dpu;
 pub mod expect;
 pub mod initramfs;

@@ -5,10 +5,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use e2e::cache::Cache;
 use e2e::cases::{self, Case, Group};
-use e2e::kernel::KernelLine;
+use e2e::kernel::{Kernel, KernelLine};
 use e2e::lab::Lab;
 use e2e::runner::{Outcome, Score, run};
+use e2e::suites;
 use e2e::verbs::Verb;
 
 /// Names the daemon under test if `--daemon` does not.
@@ -45,6 +47,17 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
+    /// Boot a DPU, mount an export, work in it, and show what came out.
+    Demo {
+        /// Kernel of the DPU.
+        #[arg(long, default_value = "6.1")]
+        kernel: KernelLine,
+        /// The daemon to show [default: $BACKEND_FS, or backend-fs next to this program].
+        #[arg(long, value_name = "PATH")]
+        daemon: Option<PathBuf>,
+    },
+    /// Fetch and build what the cases need, so that later runs need no network.
+    Fetch,
     /// List the cases.
     List,
     /// Do one file operation (on either side).
@@ -84,6 +97,22 @@ fn perform(task: Task) -> Result<ExitCode> {
             let chosen = choose(&cases, group)?;
             clean_up_on_signals();
             run_cases(&chosen, kernel, &daemon_path(daemon)?, json)
+        }
+        Task::Demo { kernel, daemon } => {
+            clean_up_on_signals();
+            let passed = e2e::demo::run(&Lab::new(&daemon_path(daemon)?, kernel)?)?;
+            Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Task::Fetch => {
+            let cache = Cache::open()?;
+            for line in [KernelLine::V6_1, KernelLine::V6_12] {
+                println!("Linux {}", Kernel::get(&cache, line)?.release);
+            }
+            for program in [suites::PJDFSTEST, suites::FSX] {
+                println!("{}", program.get(&cache)?.display());
+            }
+            println!("{}", suites::debian_image(&cache)?.display());
+            Ok(ExitCode::SUCCESS)
         }
         Task::List => {
             for case in cases::all() {

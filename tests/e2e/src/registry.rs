@@ -18,6 +18,9 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use crate::deadline::wait_for;
 use crate::sys::tie_to_parent;
 
+/// How long killed processes may take to end when the program is interrupted.
+const TEAR_DOWN_LIMIT: Duration = Duration::from_secs(5);
+
 #[derive(Debug)]
 enum Taken {
     Group(Pid),
@@ -77,12 +80,30 @@ fn undo(taken: &Taken) {
     }
 }
 
-/// Gives back all that is still taken, newest first.
+/// Gives back all that is still taken: processes first, for they use the rest, then newest first.
 pub fn tear_down() {
     let entries = std::mem::take(&mut list().entries);
+    let groups = entries.iter().filter_map(|(_, taken)| match taken {
+        Taken::Group(pid) => Some(*pid),
+        _ => None,
+    });
+    let groups: Vec<Pid> = groups.collect();
+    for pid in &groups {
+        let _ = kill_process_group(*pid, Signal::KILL);
+    }
+    // Whatever still runs after that is beyond help.
+    let _ = wait_for("killed processes to end", TEAR_DOWN_LIMIT, || {
+        Ok((!groups.iter().any(|pid| is_running(*pid))).then_some(()))
+    });
     for (_, taken) in entries.iter().rev() {
         undo(taken);
     }
+}
+
+/// True until the process is gone or waits to be collected.
+fn is_running(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid()));
+    stat.is_ok_and(|stat| !stat.contains(") Z "))
 }
 
 pub(crate) fn read_number(path: &Path) -> Result<u64> {
@@ -335,17 +356,13 @@ mod tests {
         let mut line = String::new();
         let stdout = group.child().stdout.take().unwrap();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).unwrap();
-        let grandchild = line.trim().to_owned();
-        assert!(running(&grandchild));
+        let grandchild = Pid::from_raw(line.trim().parse().unwrap()).unwrap();
+        assert!(is_running(grandchild));
         drop(group);
+        // A killed orphan may stay a zombie until the machine's init collects it.
         wait_for("the grandchild to be gone", Duration::from_secs(5), || {
-            Ok((!running(&grandchild)).then_some(()))
+            Ok((!is_running(grandchild)).then_some(()))
         })
         .unwrap();
-    }
-
-    /// A killed orphan may stay a zombie until the machine's init collects it.
-    fn running(pid: &str) -> bool {
-        fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
     }
 }

@@ -127,7 +127,7 @@ fn make_image(root: &Path, image: &Path) -> Result<()> {
     // Small files round up to blocks, and the inode table takes its part.
     let size = (used + used / 4 + IMAGE_SLACK) >> 10;
     let mke2fs = ["/sbin/mke2fs", "/usr/sbin/mke2fs"].iter().find(|path| Path::new(path).is_file());
-    let mke2fs = mke2fs.context("mke2fs is missing: run tests/e2e/setup to install what is needed")?;
+    let mke2fs = mke2fs.context("mke2fs is missing: run `tests/setup packages` to install what is needed")?;
     run_tool(
         Command::new(mke2fs)
             .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])

@@ -572,3 +572,6 @@ impl Ring {
         self.used.load_u16(2, Ordering::Acquire)
     }
 }
+
+#[cfg(test)]
+mod tests;

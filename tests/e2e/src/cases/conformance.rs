@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use super::Case;
 use crate::dpu::program;
 use crate::initramfs::AGENT;
-use crate::lab::{Profile, Stage};
+use crate::lab::{Profile, SUITE_PROGRAMS, Stage};
 use crate::side::Side;
 
 /// The daemon's default cache rules.
@@ -45,7 +45,7 @@ const SUITE_LIMIT: Duration = Duration::from_secs(400);
 const PJDFSTEST_RUNNABLE: u32 = 382;
 
 /// What pjdfstest may try, and as whom.
-const PJDFSTEST_CONFIGURATION: &str = "[features]\nposix_fallocate = {}\nutime_now = {}\nutimensat = {}\n\
+const PJDFSTEST_CONFIGURATION: &str = "[features]\nposix_fallocate = {}\nrename_ctime = {}\nutime_now = {}\nutimensat = {}\n\
     [settings]\nnaptime = 0.01\nallow_remount = false\n\
     [dummy_auth]\nentries = [[\"nobody\", \"nogroup\"], [\"tests\", \"tests\"]]\n";
 
@@ -107,8 +107,16 @@ fn pjdfstest(stage: &mut Stage<'_>) -> Result<String> {
     stage.host.write("configuration", PJDFSTEST_CONFIGURATION)?;
     stage.dpu.shell("mkdir -m 755 work")?;
     let configuration = stage.dpu.path("configuration");
-    let mut suite = program(&["pjdfstest", "-c", &configuration, "-p", &stage.dpu.path("work")]);
-    suite.env = vec![("NO_COLOR".to_owned(), "1".to_owned())];
+    let mut suite = program(&[
+        &format!("{SUITE_PROGRAMS}/pjdfstest"),
+        "-c",
+        &configuration,
+        "-p",
+        &stage.dpu.path("work"),
+    ]);
+    // The suite copies `sleep`; busybox under another name would not sleep.
+    let path = format!("{SUITE_PROGRAMS}:/bin");
+    suite.env = vec![("NO_COLOR".to_owned(), "1".to_owned()), ("PATH".to_owned(), path)];
     let finished = stage.dpu.dpu.run_program(suite, SUITE_LIMIT)?;
     let failed: Vec<&str> = finished.stdout.lines().filter(|line| line.contains("FAILED")).collect();
     let summary =
@@ -187,10 +195,6 @@ fn model(stage: &mut Stage<'_>) -> Result<String> {
 fn chaos(stage: &mut Stage<'_>) -> Result<String> {
     stage.dpu.shell("mkdir c")?;
     let (dpu, host) = (&stage.dpu, &stage.host);
-    let words = |side: &dyn Side, seed: &str| {
-        ["stress", "chaos", "--operations", "3000", "--root", &side.path("c"), "--seed", seed]
-            .map(str::to_owned)
-    };
     let results = std::thread::scope(|scope| {
         let in_dpu = scope.spawn(|| {
             four_at_once(
@@ -203,7 +207,9 @@ fn chaos(stage: &mut Stage<'_>) -> Result<String> {
         let mut seed = 100;
         while !in_dpu.is_finished() {
             seed += 1;
-            let text = host.act(&words(host, &seed.to_string()).each_ref().map(String::as_str));
+            let (root, seed) = (host.path("c"), seed.to_string());
+            let text =
+                host.act(&["stress", "chaos", "--operations", "3000", "--root", &root, "--seed", &seed]);
             match text.and_then(|text| text.trim().parse::<u64>().context("not a number")) {
                 Ok(done) => on_host += done,
                 Err(error) => return (Err(error), in_dpu.join()),
@@ -330,8 +336,16 @@ fn stress_ng(stage: &mut Stage<'_>) -> Result<String> {
         all.join(" ")
     );
     let finished = stage.dpu.debian_for(SUITE_LIMIT, &script)?;
-    let trouble: Vec<&str> =
-        finished.stdout.lines().filter(|line| line.contains("fail") || line.contains("error")).collect();
-    ensure!(finished.code == Some(0), "exit code {:?}: {}", finished.code, trouble.join("; "));
+    let said = finished.stdout.trim();
+    let (trouble, rest): (Vec<&str>, Vec<&str>) =
+        said.lines().partition(|line| line.contains("fail") || line.contains("error"));
+    let last = rest.len().saturating_sub(5);
+    ensure!(
+        finished.code == Some(0),
+        "exit code {:?}: {}; {}",
+        finished.code,
+        trouble.join("; "),
+        rest[last..].join("; ")
+    );
     Ok(format!("{} stressors", stressors.len()))
 }

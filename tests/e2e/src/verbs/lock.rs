@@ -129,7 +129,11 @@ impl Hold {
 
     fn keep(&self) {
         println!("{LOCKED}");
-        while !self.release {
+        if self.release {
+            return;
+        }
+        // Until it is killed; parking may end for no reason.
+        loop {
             std::thread::park();
         }
     }

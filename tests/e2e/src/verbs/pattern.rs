@@ -129,10 +129,10 @@ impl Pattern {
 
     /// The numbers of the blocks in the order of going over them.
     fn blocks(&self) -> Result<Vec<u64>> {
-        if self.block == 0 || self.block % 8 != 0 || self.size % self.block as u64 != 0 {
+        if self.block == 0 || !self.block.is_multiple_of(8) || !self.size.is_multiple_of(self.block as u64) {
             bail!("the size must be a multiple of the block size, and that of 8");
         }
-        if self.direct && self.block % DIRECT_ALIGNMENT != 0 {
+        if self.direct && !self.block.is_multiple_of(DIRECT_ALIGNMENT) {
             bail!("direct I/O needs blocks of a multiple of {DIRECT_ALIGNMENT} bytes");
         }
         let mut blocks: Vec<u64> = (0..self.size / self.block as u64).collect();

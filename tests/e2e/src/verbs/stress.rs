@@ -222,7 +222,7 @@ impl Model {
         };
         // Two names of one file: rename does nothing (rename(2)); a directory cannot move into itself.
         if to.starts_with(&from)
-            || (self.entries.get(&to).is_some() && self.entries.get(&to) == self.entries.get(&from))
+            || (self.entries.contains_key(&to) && self.entries.get(&to) == self.entries.get(&from))
         {
             return Ok(());
         }
@@ -418,7 +418,10 @@ fn chaos(sequence: &Sequence) -> Result<u64> {
             let parts: Vec<String> = (0..depth).map(|_| format!("c{}", dice.below(CHAOS_NAMES))).collect();
             sequence.root.join(parts.join("/"))
         };
+        // Nothing moves further down than it was, or the tree would grow deeper without end.
         let (one, two) = (name(), name());
+        let (one, two) =
+            if one.components().count() < two.components().count() { (two, one) } else { (one, two) };
         match disturb(dice.below(12), dice.roll(), &one, &two) {
             Ok(()) => done += 1,
             Err(error) => {
