@@ -5,8 +5,9 @@
 //! that no table has does what `--seccomp` says. Conditions on arguments keep the broad calls narrow:
 //! no memory may become executable, `clone` makes threads only, `prctl` names them only.
 //!
-//! `clone3` is answered with `ENOSYS` by a second filter, since its flags lie in memory where no filter
-//! can look: the C library then falls back to `clone`.
+//! Two more filters answer calls that the C library makes and can do without: `clone3` with `ENOSYS`,
+//! since its flags lie in memory where no filter can look (it falls back to `clone`), and `openat` with
+//! `EACCES` unless it asks for an `O_PATH` descriptor.
 
 use std::collections::BTreeMap;
 
@@ -112,6 +113,7 @@ impl Call {
     }
 }
 
+const O_PATH: u64 = libc::O_PATH as u64;
 const PROT_EXEC: u64 = libc::PROT_EXEC as u64;
 
 /// What `pthread_create` asks of `clone`; a process would lack them.
@@ -168,10 +170,11 @@ pub fn install(mode: SeccompMode, tables: &[&[Call]]) -> Result<(), Error> {
         SeccompMode::Trap => SeccompAction::Trap,
     };
     let failed = |error: &dyn std::fmt::Display| Error::Seccomp(error.to_string());
-    // The second filter goes first: the first may not allow to install another one.
+    // The allow list goes last: it does not allow to install another one.
     let fallback = compile_fallback().map_err(|error| failed(&error))?;
+    let no_content = compile_no_content().map_err(|error| failed(&error))?;
     let allow = compile(action, tables, own_pid()).map_err(|error| failed(&error))?;
-    for program in [fallback, allow] {
+    for program in [fallback, no_content, allow] {
         seccompiler::apply_filter_all_threads(&program).map_err(|error| failed(&error))?;
     }
     Ok(())
@@ -209,6 +212,15 @@ fn compile(
 fn compile_fallback() -> Result<BpfProgram, seccompiler::BackendError> {
     let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     let answer = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    SeccompFilter::new(rules, SeccompAction::Allow, answer, arch()?)?.try_into()
+}
+
+/// No file can be opened for what is in it. That is an error and not the end: the C library looks into
+/// `/proc/sys/vm/overcommit_memory` before it gives memory back, and lives with the answer.
+fn compile_no_content() -> Result<BpfProgram, seccompiler::BackendError> {
+    let condition = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(O_PATH), 0)?;
+    let rules = BTreeMap::from([(libc::SYS_openat, vec![SeccompRule::new(vec![condition])?])]);
+    let answer = SeccompAction::Errno(libc::EACCES.unsigned_abs());
     SeccompFilter::new(rules, SeccompAction::Allow, answer, arch()?)?.try_into()
 }
 

@@ -188,6 +188,46 @@ fn a_host_that_leaves_ends_the_connection_after_the_last_byte() {
 }
 
 #[test]
+fn memory_for_host_programs_that_do_not_read_is_given_back() {
+    const COUNT: u32 = 64;
+    let mut mux = Mux::start(&[]).unwrap();
+    let listener = mux.listen(1000).unwrap();
+    let mut dpu = mux.dpu().unwrap();
+    let bytes = pattern(65_536);
+    let mut pairs: Vec<_> = (0..COUNT)
+        .map(|port| {
+            let socket = Socket::connect(&mut dpu, 1024 + port, 1000, TYPE_STREAM).unwrap().unwrap();
+            (socket, accept(&listener).unwrap())
+        })
+        .collect();
+    let empty = mux.daemon.private_memory();
+    for round in 0..3 {
+        // Every window is filled; what the host's sockets do not take the mux keeps.
+        let mut sent = vec![0; pairs.len()];
+        for ((socket, _), sent) in pairs.iter_mut().zip(&mut sent) {
+            while socket.credit() >= 65_536 {
+                socket.write_all(&mut dpu, &bytes).unwrap();
+                *sent += bytes.len();
+            }
+        }
+        dpu.drain().unwrap();
+        for ((socket, stream), sent) in pairs.iter_mut().zip(sent) {
+            let mut got = vec![0; 65_536];
+            for _ in 0..sent / got.len() {
+                stream.read_exact(&mut got).unwrap();
+                assert!(got == bytes, "round {round}");
+            }
+            while socket.credit() < 65_536 {
+                socket.wait(&mut dpu, LIMIT).unwrap();
+            }
+        }
+    }
+    mux.daemon.expect_running().unwrap();
+    let full = mux.daemon.private_memory();
+    assert!(full < empty + (8 << 20), "{} KiB are kept for nothing", (full - empty) >> 10);
+}
+
+#[test]
 fn no_state_keeps_the_processor_busy() {
     let mut mux = Mux::start(&[]).unwrap();
     let listener = mux.listen(1000).unwrap();
