@@ -114,8 +114,7 @@ impl Device for VsockDevice {
     }
 
     fn start(&mut self, _index: u16, ring: Ring) -> io::Result<()> {
-        self.worker.start(ring);
-        Ok(())
+        self.worker.start(ring)
     }
 
     fn pause(&mut self, index: u16) -> Option<Ring> {

@@ -181,8 +181,15 @@ impl Worker {
     }
 
     /// Serves a ring from now on.
-    pub fn start(&self, ring: Ring) {
+    ///
+    /// # Errors
+    /// When the thread has ended, which it does only when it failed.
+    pub fn start(&self, ring: Ring) -> io::Result<()> {
+        if self.wait_ended(Duration::ZERO) {
+            return Err(io::Error::other("the thread that serves this DPU has failed"));
+        }
         self.mailbox.put(Command::Start(Box::new(ring)));
+        Ok(())
     }
 
     /// Takes a ring back, with nothing of it in flight.

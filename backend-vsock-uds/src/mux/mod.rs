@@ -289,10 +289,8 @@ impl Mux {
         };
         let pairs: Vec<Pair> = tokens.iter().filter_map(known).collect();
         self.reset();
-        for pair in &pairs {
-            let control = conn_rst(self.cid, *pair);
-            self.push_reset(control);
-        }
+        // As many as there were connections, which has its own limit.
+        self.resets.extend(pairs.iter().map(|pair| conn_rst(self.cid, *pair)));
         !pairs.is_empty()
     }
 

@@ -86,7 +86,8 @@ impl World {
             false => Kick::Poll,
         };
         let call = Some(self.calls[place].try_clone().expect("a copy"));
-        self.worker.start(self.queues[place].ring_with(&self.memory, number, base, kick, call));
+        let ring = self.queues[place].ring_with(&self.memory, number, base, kick, call);
+        self.worker.start(ring).expect("the worker lives");
     }
 
     fn take(&self, number: u16) -> u16 {
@@ -292,4 +293,7 @@ fn it_ends_when_asked() {
     world.worker.quit();
     assert!(world.worker.wait_ended(LIMIT));
     assert_eq!(world.worker.report(), None);
+    assert!(world.worker.take(TX).is_none());
+    let ring = world.queues[0].ring_with(&world.memory, RX, 0, Kick::Poll, None);
+    assert!(world.worker.start(ring).is_err());
 }

@@ -65,6 +65,23 @@ impl Mux {
         Self::spawn(run, &args)
     }
 
+    /// As [`Mux::start`], with a limit of open files.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_limited(files: u32, extra: &[&str]) -> anyhow::Result<Self> {
+        let run = tempfile::tempdir()?;
+        let place = run.path().display().to_string();
+        let socket = run.path().join("vhost");
+        let script = format!("ulimit -n {files}; exec \"$0\" \"$@\"");
+        let daemon = DaemonCommand::new("sh", &socket)
+            .args(["-c", &script, &program()?.display().to_string()])
+            .args([format!("--guest-cid={CID}"), "--socket-path".into(), socket.display().to_string()])
+            .args(extra.iter().map(|arg| arg.replace("{run}", &place)))
+            .spawn()?;
+        Ok(Mux { daemon, run })
+    }
+
     fn spawn(run: tempfile::TempDir, args: &[String]) -> anyhow::Result<Self> {
         let socket = run.path().join("vhost");
         let daemon = DaemonCommand::new(program()?, &socket).args(args).spawn()?;

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use conformance::mux::{CID, LIMIT, Mux, accept, program};
 use rustix::process::Signal;
@@ -379,6 +379,40 @@ fn a_request_flood_stays_within_the_quota_and_leaks_nothing() {
         .unwrap();
     }
     working(&mux, &mut dpu, &listener, 5001);
+}
+
+#[test]
+fn without_descriptors_callers_wait_and_the_processor_rests() {
+    // Enough for the daemon itself and some connections.
+    let mut mux = Mux::start_limited(56, &["--listen", "22={run}/ssh"]).unwrap();
+    let mut dpu = mux.dpu().unwrap();
+    let mut callers: Vec<UnixStream> = (0..60).map(|_| mux.connect("ssh").unwrap()).collect();
+    let served = |dpu: &mut Vsock| {
+        let mut sockets = Vec::new();
+        while let Ok(socket) = Socket::accept(dpu, 22, Duration::from_millis(300)) {
+            sockets.push(socket);
+        }
+        sockets
+    };
+    let first = served(&mut dpu);
+    assert!(!first.is_empty() && first.len() < callers.len(), "{} were served", first.len());
+    let (before, start) = (mux.daemon.cpu_time(), Instant::now());
+    while start.elapsed() < Duration::from_secs(1) {
+        // wait-loop: the measuring interval is over.
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let used = mux.daemon.cpu_time() - before;
+    assert!(used < Duration::from_millis(20), "{used:?} of a second for waiting");
+    // The first ones leave, and the others get their turn.
+    let mut left = callers.len() - first.len();
+    let waiting = callers.split_off(first.len());
+    drop(callers);
+    for socket in first {
+        socket.close(&mut dpu).unwrap();
+    }
+    let rest = served(&mut dpu);
+    left -= rest.len().min(left);
+    assert!(!rest.is_empty(), "{left} of {} still wait: {}", waiting.len(), mux.daemon.stderr());
 }
 
 #[test]
