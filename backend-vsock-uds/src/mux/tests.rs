@@ -1,6 +1,7 @@
 //! The mux with real Unix sockets and rings in memory of this process: both ends play in one thread, so
 //! every test is exact about what happens when, and none waits.
 
+mod chaos;
 mod closing;
 mod fairness;
 mod greeting;
