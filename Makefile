@@ -10,13 +10,14 @@ release := target/release
 share   := $(DESTDIR)$(PREFIX)/share
 export VIRTIOFSD ?= $(CURDIR)/.cache/peers/bin/virtiofsd
 export BACKEND_FS ?= $(CURDIR)/$(release)/backend-fs
+export BACKEND_VSOCK_UDS ?= $(CURDIR)/$(release)/backend-vsock-uds
 
 .PHONY: all
 all: build
 
 .PHONY: build
 build:  ## Build the daemons and tools (release).
-	cargo build --release --locked -p backend-fs -p hugepages
+	cargo build --release --locked -p backend-fs -p backend-vsock-uds -p hugepages
 
 .PHONY: setup
 setup:  ## Install what the other targets need.
@@ -57,7 +58,10 @@ fuzz:  ## Run every fuzz target for FUZZ_SECONDS (needs cargo-fuzz).
 .PHONY: install
 install: build  ## Install binaries, man pages, completions and the vhost-user description. DESTDIR and PREFIX apply.
 	install -D -m 0755 $(release)/backend-fs $(DESTDIR)$(PREFIX)/libexec/backend-fs
+	install -D -m 0755 $(release)/backend-vsock-uds $(DESTDIR)$(PREFIX)/libexec/backend-vsock-uds
 	install -D -m 0755 $(release)/dpu-hugepages $(DESTDIR)$(PREFIX)/sbin/dpu-hugepages
+	sed 's|/usr/libexec/|$(PREFIX)/libexec/|' share/qemu/vhost-user/60-backend-vsock-uds.json | \
+	  install -D -m 0644 /dev/stdin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/60-backend-vsock-uds.json
 	sed 's|/usr/libexec/|$(PREFIX)/libexec/|' share/qemu/vhost-user/60-backend-fs.json | \
 	  install -D -m 0644 /dev/stdin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/60-backend-fs.json
 	$(release)/backend-fs --generate man | install -D -m 0644 /dev/stdin $(share)/man/man1/backend-fs.1

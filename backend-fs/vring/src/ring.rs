@@ -26,6 +26,7 @@
 //! sleeps it arms them ([`Ring::arm_kick`]) and looks once more, so that no request is missed.
 
 mod config;
+mod give_back;
 mod notifier;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

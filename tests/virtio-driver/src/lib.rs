@@ -11,6 +11,7 @@
 //! | [`ring`] | the DPU's virtio core | driver side of a split virtqueue, with strict checks of what the device does |
 //! | [`device`] | VMM and virtio core | negotiation, memory table, ring set-up: from a socket to running rings |
 //! | [`fuse`] | the DPU's virtio-fs driver | typed FUSE client whose chains look like Linux's |
+//! | [`vsock`] | the DPU's virtio-vsock driver and its sockets | packets and connections as Linux makes them |
 //! | [`hostile`] | an attacker in the DPU | descriptor tables and ring states that no driver makes |
 //! | [`workout`] | an application in the DPU | a full round of file operations with checked results |
 //! | [`wait`] | – | waiting for a condition with a deadline |
@@ -28,6 +29,7 @@ pub mod fuse;
 pub mod hostile;
 pub mod memory;
 pub mod ring;
+pub mod vsock;
 pub mod wait;
 pub mod workout;
 

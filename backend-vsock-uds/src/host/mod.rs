@@ -1,0 +1,5 @@
+//! The host's side of a connection: Unix sockets.
+
+pub mod hello;
+pub mod socket;
+pub mod sys;
