@@ -64,6 +64,8 @@ install: build  ## Install binaries, man pages, completions and the vhost-user d
 	  install -D -m 0644 /dev/stdin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/60-backend-vsock-uds.json
 	sed 's|/usr/libexec/|$(PREFIX)/libexec/|' share/qemu/vhost-user/60-backend-fs.json | \
 	  install -D -m 0644 /dev/stdin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/60-backend-fs.json
+	sed 's|/usr/libexec/|$(PREFIX)/libexec/|' share/qemu/vhost-user/60-backend-vsock-uds.json | \
+	  install -D -m 0644 /dev/stdin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/60-backend-vsock-uds.json
 	$(release)/backend-fs --generate man | install -D -m 0644 /dev/stdin $(share)/man/man1/backend-fs.1
 	$(release)/backend-fs --generate bash | install -D -m 0644 /dev/stdin $(share)/bash-completion/completions/backend-fs
 	$(release)/backend-fs --generate zsh | install -D -m 0644 /dev/stdin $(share)/zsh/site-functions/_backend-fs

@@ -34,6 +34,7 @@ use crate::packet::Kind;
 use crate::sandbox;
 use crate::sandbox::seccomp::{self, Call, RUNTIME_CALLS};
 use crate::sandbox::signals::SignalFd;
+use crate::siblings::{Directory, Siblings};
 use front_end::FrontEnds;
 use notify::{Notifier, State};
 
@@ -104,14 +105,17 @@ pub fn run(config: Config) -> Result<(), Error> {
     log_panics();
     sandbox::enter(leftovers.directories())?;
 
+    let directory = Arc::new(Directory::default());
     let cpus = thread::available_parallelism().map_or(1, usize::from);
     let over = Arc::new(over);
     let mut serving = Vec::new();
-    for (dpu, socket, mux) in parts {
+    for (dpu, socket, mut mux) in parts {
+        mux.set_siblings(Siblings::new(Arc::clone(&directory), dpu.cid, dpu.groups.clone()));
         let poll = PollWindow::new(config.poll_window, cpus);
         let failed = |step| move |source| Error::Start { cid: dpu.cid, step, source };
         let device =
             VsockDevice::new(dpu.cid, mux, dpu.queue_size, poll).map_err(failed("starting its thread"))?;
+        directory.insert(dpu.cid, dpu.groups.clone(), device.callee());
         serving.push((dpu.cid, socket, device));
     }
     // The auxiliary vector is read when it is first needed, by means that are out of reach later.

@@ -9,6 +9,7 @@ mod syscalls;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vring::memory::DpuMemory;
@@ -19,6 +20,7 @@ use vring::session::{self, Device, End, SessionError, Stop};
 
 pub use self::syscalls::CALLS;
 use crate::mux::Mux;
+use crate::siblings::Callee;
 use crate::worker::{QUEUES, Report, Worker};
 
 /// `VIRTIO_VSOCK_F_STREAM`.
@@ -61,6 +63,11 @@ impl VsockDevice {
         let end = session::run(stream, self, stop);
         self.worker.front_end_gone();
         end
+    }
+
+    /// Where other DPUs of the process call this one.
+    pub fn callee(&self) -> Arc<dyn Callee> {
+        self.worker.callee()
     }
 
     /// State of the device; `None` when its thread has ended.

@@ -11,6 +11,7 @@
 //! | [`route`] | which port leads to which host socket; pure |
 //! | [`mux`] | the connections of one DPU: table, turns, deadlines, sockets |
 //! | [`host`] | Unix sockets of host programs, and their greeting |
+//! | [`siblings`] | DPUs of one process that may connect to each other |
 //! | [`worker`] | the thread that serves the queues of one DPU |
 //! | [`device`] | the device as the front end sees it |
 //! | [`daemon`] | start, isolation ([`sandbox`]), front ends that come and go, end |
@@ -28,4 +29,5 @@ pub mod mux;
 pub mod packet;
 pub mod route;
 pub mod sandbox;
+pub mod siblings;
 pub mod worker;

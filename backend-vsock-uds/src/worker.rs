@@ -39,6 +39,7 @@ use vring::ring::{Kick, Ring};
 
 use self::run_delay::RunDelay;
 use crate::mux::{Counters, Mux};
+use crate::siblings::{Call, Callee};
 
 /// Queue numbers (virtio 1.2, section 5.10.2).
 pub const RX: u16 = 0;
@@ -62,6 +63,9 @@ const SPIN_GAP: Duration = Duration::from_micros(20);
 const POLLED_RING_INTERVAL: Duration = Duration::from_millis(1);
 /// Event buffers looked at for one that holds an event.
 const EVENT_BUFFERS: usize = 16;
+
+/// Calls of other DPUs that may wait.
+const MAX_CALLS: usize = 256;
 
 /// How often a caller that waits looks whether the thread still lives.
 const LIFE_SIGN: Duration = Duration::from_millis(100);
@@ -95,6 +99,7 @@ enum Command {
     Take(u16, SyncSender<Option<Box<Ring>>>),
     Reset,
     FrontEndGone,
+    Call(Call),
     Report(SyncSender<Report>),
     Quit,
 }
@@ -128,6 +133,16 @@ impl Mailbox {
     }
 }
 
+impl Callee for Mailbox {
+    fn call(&self, call: Call) {
+        // A caller that is faster than this DPU's thread is refused.
+        let waiting = self.lock().iter().filter(|command| matches!(command, Command::Call(_))).count();
+        if waiting < MAX_CALLS {
+            self.put(Command::Call(call));
+        }
+    }
+}
+
 /// A running worker.
 #[derive(Debug)]
 pub struct Worker {
@@ -158,6 +173,11 @@ impl Worker {
         // What the thread opens for itself it opens before the caller goes on, perhaps to forbid that.
         let _ = prepared.recv();
         Ok(Worker { mailbox, ended })
+    }
+
+    /// Where other DPUs of the process call this one.
+    pub fn callee(&self) -> Arc<dyn Callee> {
+        Arc::clone(&self.mailbox) as Arc<dyn Callee>
     }
 
     /// Serves a ring from now on.
@@ -436,6 +456,10 @@ impl Service {
                 }
                 Command::Reset => self.forget_dpu(),
                 Command::FrontEndGone => self.lose_front_end(),
+                Command::Call(call) => {
+                    let now = self.now();
+                    self.mux.sibling_calls(call, now);
+                }
                 Command::Report(reply) => {
                     let _ = reply.send(self.report());
                 }

@@ -1,5 +1,7 @@
 //! The program as its callers start it: what it prints where, and how it ends.
 
+#![allow(clippy::expect_used)] // Helpers of tests fail by panicking, like tests.
+
 use std::path::Path;
 use std::process::{Command, Output};
 

@@ -35,6 +35,7 @@ pub const CALLS: &[Call] = &[
     // Host sockets.
     Call::with_bits(libc::SYS_openat, 2, O_PATH, O_PATH, "the socket that a rule names; never its content"),
     Call::with(libc::SYS_socket, 0, libc::AF_UNIX as u32, "connections to host programs"),
+    Call::with(libc::SYS_socketpair, 0, libc::AF_UNIX as u32, "connections between DPUs"),
     Call::any(libc::SYS_connect, "connections to host programs"),
     Call::any(libc::SYS_sendmsg, "bytes for host programs"),
     Call::any(libc::SYS_recvfrom, "greetings and records of host programs"),

@@ -16,6 +16,17 @@ pub struct Record {
     pub sent: usize,
 }
 
+/// What is written to a socket when the DPU accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Greeting {
+    /// Nothing.
+    None,
+    /// `OK <port>`, for a host program that said `CONNECT`.
+    Program,
+    /// The sign for the mux of another DPU.
+    Sibling,
+}
+
 /// The host's program behind a connection (`SO_PEERCRED`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
@@ -58,8 +69,10 @@ pub struct Channel {
     pub path: Option<PathBuf>,
     /// The host's program, where it is the one that connected.
     pub peer: Option<Peer>,
-    /// The host's program waits for `OK <port>`.
-    pub greets: bool,
+    /// What the other side waits to hear when the DPU accepts.
+    pub greeting: Greeting,
+    /// The socket leads to another DPU, which has not accepted yet.
+    pub awaits_sibling: bool,
     /// Bytes the host took; decides whether the window is worth enlarging.
     pub taken: u64,
     /// Stands in the list of those that are kept only for their last bytes.
@@ -84,7 +97,8 @@ impl Channel {
             record: None,
             path: None,
             peer: None,
-            greets: false,
+            greeting: Greeting::None,
+            awaits_sibling: false,
             taken: 0,
             draining: false,
             armed: None,

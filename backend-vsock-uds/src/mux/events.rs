@@ -10,11 +10,11 @@ use rustix::event::epoll::{self, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SocketFlags};
 
-use super::channel::Peer;
+use super::channel::{Greeting, Peer};
 use super::table::{Pair, Token};
 use super::{ACCEPT_PAUSE, Caller, Mux, Watched, watch};
 use crate::conn::machine::{Connection, Effects, Input};
-use crate::host::hello::{self, Greeting, MAX_GREETING};
+use crate::host::hello::{self, MAX_GREETING};
 use crate::host::socket::HostSocket;
 use crate::packet::{HOST_CID, Kind};
 
@@ -86,6 +86,10 @@ impl Mux {
 
     fn channel_event(&mut self, token: Token, flags: EventFlags, now: u64) {
         let Some((_, channel)) = self.table.get_mut(token) else { return };
+        if channel.awaits_sibling {
+            self.sibling_answers(token, now);
+            return;
+        }
         if flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
             channel.readable |= !channel.ended;
         }
@@ -171,7 +175,7 @@ impl Mux {
         });
         let Ok(socket) = HostSocket::accepted(fd) else { return };
         if let Some(port) = port {
-            self.call_dpu(Caller { socket, peer }, port, kind, false, now);
+            self.program_calls(Caller { socket, peer }, port, kind, Greeting::None, now);
             return;
         }
         if self.callers.len() >= self.quotas.greetings
@@ -204,16 +208,16 @@ impl Mux {
         let received =
             rustix::net::recv(&caller.socket, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT);
         let greeting = match received {
-            Ok((0, _)) => Greeting::Invalid,
+            Ok((0, _)) => hello::Greeting::Invalid,
             Ok((len, _)) => hello::parse(&bytes[..len]),
-            Err(Errno::AGAIN | Errno::INTR) => Greeting::Partial,
-            Err(_) => Greeting::Invalid,
+            Err(Errno::AGAIN | Errno::INTR) => hello::Greeting::Partial,
+            Err(_) => hello::Greeting::Invalid,
         };
         let ending = flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
         let (port, len) = match greeting {
-            Greeting::Partial if !ending => return,
-            Greeting::Complete { port, len } => (port, len),
-            Greeting::Partial | Greeting::Invalid => {
+            hello::Greeting::Partial if !ending => return,
+            hello::Greeting::Complete { port, len } => (port, len),
+            hello::Greeting::Partial | hello::Greeting::Invalid => {
                 self.counters.bad_greetings += 1;
                 self.caller_deadlines.set(token, None);
                 self.callers.remove(token);
@@ -225,42 +229,47 @@ impl Mux {
         // Exactly the greeting: what follows it is data.
         let taken = rustix::net::recv(&caller.socket, &mut bytes[..len], RecvFlags::DONTWAIT);
         if taken.is_ok_and(|(taken, _)| taken == len) {
-            self.call_dpu(caller, port, pair.kind, true, now);
+            self.program_calls(caller, port, pair.kind, Greeting::Program, now);
         } else {
             self.counters.bad_greetings += 1;
         }
     }
 
     /// Asks the DPU for a connection on behalf of a host program.
-    fn call_dpu(&mut self, caller: Caller, port: u32, kind: Kind, greets: bool, now: u64) {
+    fn program_calls(&mut self, caller: Caller, port: u32, kind: Kind, greeting: Greeting, now: u64) {
         let Ok(host_port) = self.table.assign_port(port, kind) else {
             self.counters.refused_by_quota += 1;
             return;
         };
         let pair = Pair { peer_cid: HOST_CID, dpu_port: port, host_port, kind };
-        let Some(token) = self.admit(pair, now, Connection::from_host) else { return };
-        if greets {
+        if greeting == Greeting::Program {
             // Registered anew, so that what was reported to the greeting is reported again.
             let _ = epoll::delete(&self.epoll, &caller.socket);
         }
-        if watch(&self.epoll, &caller.socket, Watched::Channel(token)).is_err() {
+        self.call_dpu(caller.socket, caller.peer, pair, greeting, now);
+    }
+
+    /// Asks the DPU for a connection. Without one the socket is closed.
+    pub(super) fn call_dpu(
+        &mut self,
+        socket: HostSocket,
+        peer: Option<Peer>,
+        pair: Pair,
+        greeting: Greeting,
+        now: u64,
+    ) {
+        let Some(token) = self.admit(pair, now, Connection::from_host) else { return };
+        if watch(&self.epoll, &socket, Watched::Channel(token)).is_err() {
             self.forget(token);
             return;
         }
         if let Some((_, channel)) = self.table.get_mut(token) {
-            channel.peer = caller.peer;
-            channel.greets = greets;
+            channel.peer = peer;
+            channel.greeting = greeting;
             channel.writable = true;
             channel.readable = true;
-            if caller.socket.keeps_records() {
-                let before = channel.connection.window();
-                channel
-                    .connection
-                    .limit_window(u32::try_from(caller.socket.max_record()).unwrap_or(u32::MAX));
-                self.windows.release(before - channel.connection.window());
-            }
-            channel.socket = Some(caller.socket);
         }
+        self.attach(token, socket);
         self.counters.connections_by_host += 1;
         self.reconcile(token, Effects::default(), now);
     }

@@ -39,6 +39,7 @@ mod deliver;
 mod events;
 pub mod quotas;
 pub mod rxq;
+mod siblings;
 pub mod table;
 mod take;
 #[cfg(test)]
@@ -53,7 +54,7 @@ use rustix::event::epoll;
 use vring::chain::{Chain, SliceBuf};
 use vring::ring::Ring;
 
-use self::channel::{Channel, Peer};
+use self::channel::{Channel, Greeting, Peer};
 use self::deadline::Deadlines;
 use self::quotas::Windows;
 pub use self::quotas::{Counters, Quotas};
@@ -66,6 +67,7 @@ use crate::host::socket::{Attempt, HostSocket};
 use crate::host::sys::{self, Pieces};
 use crate::packet::{Header, Kind, Op};
 use crate::route::{Route, Routes};
+use crate::siblings::Siblings;
 
 /// Buffers of the DPU that one read of a host socket fills at most. The stock driver offers 4 KiB
 /// each, so this is what a host socket's default buffer holds.
@@ -147,6 +149,7 @@ const SLOT_MASK: u32 = (1 << 30) - 1;
 pub struct Mux {
     cid: u64,
     routes: Routes,
+    siblings: Siblings,
     quotas: Quotas,
     timeouts: Timeouts,
     windows: Windows,
@@ -183,6 +186,7 @@ impl Mux {
         Ok(Self {
             cid,
             routes,
+            siblings: Siblings::default(),
             quotas,
             timeouts,
             windows: Windows::new(quotas.windows),
@@ -340,9 +344,14 @@ impl Mux {
         }
         let (mut broken, mut draining) = (false, false);
         if let Some(socket) = &channel.socket {
-            if effects.greet_host && channel.greets {
-                let answer = hello::answer(pair.host_port);
-                broken = sys::send_bytes(socket.as_fd(), answer.as_bytes(), &[]) != Ok(answer.len());
+            if effects.greet_host {
+                let answer = match channel.greeting {
+                    Greeting::None => Vec::new(),
+                    Greeting::Program => hello::answer(pair.host_port).into_bytes(),
+                    Greeting::Sibling => siblings::ACCEPTED.to_vec(),
+                };
+                broken =
+                    !answer.is_empty() && sys::send_bytes(socket.as_fd(), &answer, &[]) != Ok(answer.len());
             }
             if effects.shut_host_write {
                 socket.end_sending();
@@ -488,6 +497,19 @@ impl Mux {
         false
     }
 
+    /// Gives a channel its socket.
+    fn attach(&mut self, token: Token, socket: HostSocket) {
+        let Some((_, channel)) = self.table.get_mut(token) else { return };
+        if socket.keeps_records() {
+            // A record is as large as the window at most, and the socket takes it whole or not.
+            let before = channel.connection.window();
+            let most = u32::try_from(socket.max_record()).unwrap_or(u32::MAX);
+            channel.connection.limit_window(most);
+            self.windows.release(before - channel.connection.window());
+        }
+        channel.socket = Some(socket);
+    }
+
     /// Tries to connect a channel to its host socket.
     fn connect(&mut self, token: Token, now: u64) {
         let Some((pair, channel)) = self.table.get_mut(token) else { return };
@@ -499,15 +521,8 @@ impl Mux {
                     self.input(token, Input::HostRefused, now);
                     return;
                 }
-                if socket.keeps_records() {
-                    // A record is as large as the window at most, and the socket takes it whole or not.
-                    let before = channel.connection.window();
-                    let most = u32::try_from(socket.max_record()).unwrap_or(u32::MAX);
-                    channel.connection.limit_window(most);
-                    self.windows.release(before - channel.connection.window());
-                }
-                channel.socket = Some(socket);
                 channel.writable = true;
+                self.attach(token, socket);
                 self.input(token, Input::HostConnected, now);
             }
             Attempt::Busy => self.retries.set(token, Some(now.saturating_add(RETRY_AFTER))),

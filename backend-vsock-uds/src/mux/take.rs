@@ -40,8 +40,7 @@ impl Mux {
             host_port: packet.dst_port,
             kind: packet.kind,
         };
-        let nonsense = packet.dst_cid != HOST_CID
-            || packet.len as usize > payload
+        let nonsense = packet.len as usize > payload
             || (packet.len > 0 && packet.op != Op::Rw)
             || matches!(packet.kind, Kind::Unknown(_))
             || matches!(packet.op, Op::Unknown(_));
@@ -59,7 +58,8 @@ impl Mux {
         }
         let Some(token) = self.table.find(pair) else {
             match packet.op {
-                Op::Request => self.request(&packet, pair, now),
+                Op::Request if packet.dst_cid == HOST_CID => self.request(&packet, pair, now),
+                Op::Request => self.request_sibling(&packet, pair, now),
                 _ => self.queue_reset(&packet),
             }
             self.finish(chain);

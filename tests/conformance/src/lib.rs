@@ -14,8 +14,10 @@
 //! | `fs_attacks_messages` | F14 to F17: malformed messages and buffers |
 //! | `fs_attacks_rings` | V01 to V04, V06, V09: chains, tables and indices that no driver makes |
 //! | `fs_attacks_frontend` | V05, V07, V08: vhost-user messages, rings and memory that cannot be |
+//! | `vsock_streams` | bytes both ways through the mux, in every ring mode; no state keeps the processor busy |
+//! | `vsock_life` | DPUs that come, go, pause, reboot and meet; S01 to S05, S11, S12: hostile packets, records, resets |
 //!
-//! F and V are the attack classes for file servers and for rings and front ends in the project's threat list.
+//! F, S and V are the attack classes for file servers, for sockets, and for rings and front ends in the project's threat list.
 
 pub mod answers;
 pub mod export;

@@ -14,7 +14,9 @@ use conformance::mux::{CID, LIMIT, Mux, accept, program};
 use rustix::process::Signal;
 use virtio_driver::device::{Device, DeviceOptions};
 use virtio_driver::vsock::Vsock;
-use virtio_driver::vsock::packet::{HOST_CID, Header, OP_REQUEST, OP_RST, TYPE_SEQPACKET, TYPE_STREAM};
+use virtio_driver::vsock::packet::{
+    HOST_CID, Header, OP_REQUEST, OP_RST, SHUTDOWN_SEND, TYPE_SEQPACKET, TYPE_STREAM,
+};
 use virtio_driver::vsock::socket::Socket;
 use virtio_driver::wait::wait_for;
 
@@ -199,6 +201,59 @@ fn two_dpus_in_one_process_do_not_meet() {
     let answer = first.receive(LIMIT).unwrap().header;
     assert_eq!(({ answer.op }, { answer.src_cid }, { answer.dst_cid }), (OP_RST, 43, 42));
     assert!(second.take_if(|_| true).is_none());
+}
+
+#[test]
+fn dpus_that_share_a_group_connect_to_each_other() {
+    let mut mux = Mux::start_with(&[
+        "--vm",
+        "guest-cid=42,socket={run}/vhost,uds-path={run}/vsock,groups=a+b",
+        "--vm",
+        "guest-cid=43,socket={run}/other,uds-path={run}/vsock43,groups=b",
+    ])
+    .unwrap();
+    let mut first = mux.dpu().unwrap();
+    let mut second = Vsock::connect(mux.connect("other").unwrap(), DeviceOptions::default()).unwrap();
+    for (number, kind) in [(0u32, TYPE_STREAM), (1, TYPE_SEQPACKET)] {
+        let mut caller = Socket::request(&mut first, 5000 + number, 43, 77, kind).unwrap();
+        let mut callee = Socket::accept(&mut second, 77, LIMIT).unwrap();
+        assert_eq!((callee.peer_cid, callee.peer_port, callee.kind), (42, 5000 + number, kind));
+        assert!(caller.answered(&mut first).unwrap());
+        for size in [1, 4052, 100_000] {
+            let bytes = vec![size as u8; size];
+            caller.write_all(&mut first, &bytes).unwrap();
+            assert!(callee.read_exact(&mut second, size).unwrap() == bytes);
+            callee.write_all(&mut second, &bytes).unwrap();
+            assert!(caller.read_exact(&mut first, size).unwrap() == bytes);
+        }
+        // The end of one direction arrives alone, and the other goes on.
+        caller.shutdown(&mut first, SHUTDOWN_SEND).unwrap();
+        assert_eq!(callee.read_to_end(&mut second).unwrap(), b"");
+        callee.write_all(&mut second, b"last").unwrap();
+        assert_eq!(caller.read_exact(&mut first, 4).unwrap(), b"last");
+        callee.close(&mut second).unwrap();
+        caller.read_to_end(&mut first).unwrap();
+    }
+    // A port where nobody listens.
+    let mut refused = Socket::request(&mut first, 6000, 43, 78, TYPE_STREAM).unwrap();
+    let request = second.receive_if(LIMIT, |header| { header.dst_port } == 78).unwrap().header;
+    let rst = Header {
+        src_cid: 43,
+        dst_cid: 42,
+        src_port: 78,
+        dst_port: request.src_port,
+        kind: TYPE_STREAM,
+        op: OP_RST,
+        ..Header::default()
+    };
+    second.send(&rst, &[]).unwrap();
+    assert!(!refused.answered(&mut first).unwrap());
+    // A sibling that answers nothing is given up after the connect timeout.
+    let mut unanswered = Socket::request(&mut first, 6001, 43, 79, TYPE_STREAM).unwrap();
+    assert!(!unanswered.answered(&mut first).unwrap());
+    // Both go on with the host.
+    let listener = mux.listen(1000).unwrap();
+    working(&mux, &mut first, &listener, 5000);
 }
 
 #[test]

@@ -78,7 +78,7 @@ fn packets_for_others_are_reset_and_forged_senders_are_dropped() {
     }
     world.settle();
     assert_eq!(world.next(), None);
-    assert_eq!(world.mux.counters().bad_packets, 10);
+    assert_eq!(world.mux.counters().bad_packets, 5);
     socket.write(&mut world, b"unharmed");
     assert_eq!(drain(&mut stream), (b"unharmed".to_vec(), false));
 }

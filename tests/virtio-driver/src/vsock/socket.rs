@@ -17,7 +17,9 @@ pub const BUFFER: u32 = 256 << 10;
 pub struct Socket {
     /// Port on the DPU.
     pub port: u32,
-    /// Port on the host.
+    /// Context id of the other side.
+    pub peer_cid: u64,
+    /// Port there.
     pub peer_port: u32,
     /// `TYPE_*`.
     pub kind: u16,
@@ -38,9 +40,10 @@ pub struct Socket {
 }
 
 impl Socket {
-    fn new(port: u32, peer_port: u32, kind: u16) -> Self {
+    fn new(port: u32, peer_cid: u64, peer_port: u32, kind: u16) -> Self {
         Socket {
             port,
+            peer_cid,
             peer_port,
             kind,
             buf_alloc: BUFFER,
@@ -59,15 +62,37 @@ impl Socket {
 
     /// Connects to a port of the host. `None`: refused.
     pub fn connect(driver: &mut Vsock, port: u32, peer_port: u32, kind: u16) -> Result<Option<Self>> {
-        let mut socket = Socket::new(port, peer_port, kind);
+        Self::connect_to(driver, port, HOST_CID, peer_port, kind)
+    }
+
+    /// Connects to a port of another context id. `None`: refused.
+    pub fn connect_to(
+        driver: &mut Vsock,
+        port: u32,
+        peer_cid: u64,
+        peer_port: u32,
+        kind: u16,
+    ) -> Result<Option<Self>> {
+        let mut socket = Self::request(driver, port, peer_cid, peer_port, kind)?;
+        Ok(socket.answered(driver)?.then_some(socket))
+    }
+
+    /// Asks for a connection without waiting for the answer.
+    pub fn request(driver: &mut Vsock, port: u32, peer_cid: u64, peer_port: u32, kind: u16) -> Result<Self> {
+        let mut socket = Socket::new(port, peer_cid, peer_port, kind);
         socket.tell(driver, OP_REQUEST, 0)?;
-        let answer = driver.receive_if(PATIENCE, |header| socket.is_for(header))?;
+        Ok(socket)
+    }
+
+    /// Waits for the answer to a request: whether it was accepted.
+    pub fn answered(&mut self, driver: &mut Vsock) -> Result<bool> {
+        let answer = driver.receive_if(PATIENCE, |header| self.is_for(header))?;
         match answer.header.op {
             OP_RESPONSE => {
-                socket.heard(&answer.header);
-                Ok(Some(socket))
+                self.heard(&answer.header);
+                Ok(true)
             }
-            OP_RST => Ok(None),
+            OP_RST => Ok(false),
             op => Err(Error::RingProtocol(format!("operation {op} answers a request"))),
         }
     }
@@ -76,21 +101,22 @@ impl Socket {
     pub fn accept(driver: &mut Vsock, port: u32, limit: Duration) -> Result<Self> {
         let wanted = |header: &Header| header.op == OP_REQUEST && header.dst_port == port;
         let request = driver.receive_if(limit, wanted)?.header;
-        let mut socket = Socket::new(port, request.src_port, request.kind);
+        let mut socket = Socket::new(port, request.src_cid, request.src_port, request.kind);
         socket.heard(&request);
         socket.tell(driver, OP_RESPONSE, 0)?;
         Ok(socket)
     }
 
     fn is_for(&self, header: &Header) -> bool {
-        (header.dst_port, header.src_port, header.kind) == (self.port, self.peer_port, self.kind)
+        (header.dst_port, header.src_cid, header.src_port, header.kind)
+            == (self.port, self.peer_cid, self.peer_port, self.kind)
     }
 
     fn header(&mut self, driver: &Vsock, op: u16, flags: u32, len: usize) -> Header {
         self.told_fwd_cnt = self.fwd_cnt;
         Header {
             src_cid: driver.cid(),
-            dst_cid: HOST_CID,
+            dst_cid: self.peer_cid,
             src_port: self.port,
             dst_port: self.peer_port,
             len: len as u32,
