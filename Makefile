@@ -60,8 +60,6 @@ install: build  ## Install binaries, man pages, completions and the vhost-user d
 	install -D -m 0755 $(release)/backend-fs $(DESTDIR)$(PREFIX)/libexec/backend-fs
 	install -D -m 0755 $(release)/backend-vsock-uds $(DESTDIR)$(PREFIX)/libexec/backend-vsock-uds
 	install -D -m 0755 $(release)/dpu-hugepages $(DESTDIR)$(PREFIX)/sbin/dpu-hugepages
-	sed 's|/usr/libexec/|$(PREFIX)/libexec/|' share/qemu/vhost-user/60-backend-vsock-uds.json | \
-	  install -D -m 0644 /dev/stdin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/60-backend-vsock-uds.json
 	sed 's|/usr/libexec/|$(PREFIX)/libexec/|' share/qemu/vhost-user/60-backend-fs.json | \
 	  install -D -m 0644 /dev/stdin $(DESTDIR)$(PREFIX)/share/qemu/vhost-user/60-backend-fs.json
 	sed 's|/usr/libexec/|$(PREFIX)/libexec/|' share/qemu/vhost-user/60-backend-vsock-uds.json | \
