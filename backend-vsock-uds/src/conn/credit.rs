@@ -91,12 +91,30 @@ pub struct ReceiveWindow {
     forwarded: u32,
     told_forwarded: u32,
     told_buf_alloc: u32,
+    /// The DPU's own receive buffer. Linux since CVE-2026-23086 sends no more than this ahead, whatever it
+    /// is offered.
+    self_limit: u32,
+    /// It did send more: it has no such limit.
+    unlimited: bool,
 }
 
 impl ReceiveWindow {
     /// A window of `buf_alloc` bytes that the DPU has not been told of.
     pub fn new(buf_alloc: u32) -> Self {
-        Self { buf_alloc, received: 0, forwarded: 0, told_forwarded: 0, told_buf_alloc: 0 }
+        Self {
+            buf_alloc,
+            received: 0,
+            forwarded: 0,
+            told_forwarded: 0,
+            told_buf_alloc: 0,
+            self_limit: u32::MAX,
+            unlimited: false,
+        }
+    }
+
+    /// Takes the DPU's own receive buffer, which may be all that it sends ahead.
+    pub fn set_self_limit(&mut self, buf_alloc: u32) {
+        self.self_limit = buf_alloc;
     }
 
     /// Bytes received and not yet forwarded to the host socket.
@@ -116,7 +134,18 @@ impl ReceiveWindow {
             return false;
         }
         self.received = self.received.wrapping_add(bytes);
+        self.unlimited |= self.unconfirmed() > self.self_limit;
         true
+    }
+
+    /// Bytes received since what the DPU was told last.
+    fn unconfirmed(&self) -> u32 {
+        self.received.wrapping_sub(self.told_forwarded)
+    }
+
+    /// What the DPU sends ahead at most: less than the window where it limits itself.
+    fn usable(&self) -> u32 {
+        if self.unlimited { self.buf_alloc } else { self.buf_alloc.min(self.self_limit) }
     }
 
     /// Records that the host socket took `bytes` of what was buffered.
@@ -139,15 +168,15 @@ impl ReceiveWindow {
 
     /// Bytes the DPU may still send as far as it knows.
     pub fn known_free(&self) -> u32 {
-        self.told_buf_alloc.saturating_sub(self.received.wrapping_sub(self.told_forwarded))
+        self.told_buf_alloc.min(self.usable()).saturating_sub(self.unconfirmed())
     }
 
-    /// Whether a credit update of its own is worth a packet: the DPU knows of less than half of the
-    /// window, and telling it would give it at least a quarter more.
+    /// Whether a credit update of its own is worth a packet: the DPU knows of a quarter of what it could
+    /// use at most, and telling it would give it at least another quarter.
     pub fn update_is_due(&self) -> bool {
-        let free = self.buf_alloc - self.buffered();
-        let known = self.known_free();
-        known < self.buf_alloc / 2 && free - known >= self.buf_alloc / 4
+        let usable = self.usable();
+        let (free, known) = (usable.saturating_sub(self.buffered()), self.known_free());
+        known <= usable / 4 && free.saturating_sub(known) > usable.div_ceil(4).saturating_sub(1)
     }
 
     /// `(buf_alloc, fwd_cnt)` for the next packet to the DPU, which then knows them.
@@ -211,13 +240,9 @@ mod tests {
     fn every_start_near_the_wrap_behaves_as_at_zero() {
         for start in (0..8).map(|back| 0u32.wrapping_sub(back)).chain([0, 1, u32::MAX / 2, 1 << 31]) {
             let mut credit = SendCredit { peer_buf_alloc: 16, peer_fwd_cnt: start, sent: start };
-            let mut window = ReceiveWindow {
-                buf_alloc: 16,
-                received: start,
-                forwarded: start,
-                told_forwarded: start,
-                told_buf_alloc: 16,
-            };
+            let mut window = ReceiveWindow::new(16);
+            window.tell();
+            window.start_at(start);
             for step in 1..=64u32 {
                 assert_eq!(credit.available(), 16);
                 credit.sent(5);
@@ -265,7 +290,9 @@ mod tests {
         fn both_halves_agree_and_nothing_overruns(start in any::<u32>(), steps in proptest::collection::vec((0u32..5000, 0u32..5000, any::<bool>()), 1..200)) {
             let size = 4096;
             let mut credit = SendCredit { peer_buf_alloc: size, peer_fwd_cnt: start, sent: start };
-            let mut window = ReceiveWindow { buf_alloc: size, received: start, forwarded: start, told_forwarded: start, told_buf_alloc: size };
+            let mut window = ReceiveWindow::new(size);
+            window.tell();
+            window.start_at(start);
             let (mut sent, mut taken) = (0u64, 0u64);
             for (send, take, tell) in steps {
                 let send = send.min(credit.available());
@@ -280,6 +307,41 @@ mod tests {
                     let (buf_alloc, fwd_cnt) = window.tell();
                     prop_assert!(credit.update(buf_alloc, fwd_cnt).is_ok());
                     prop_assert_eq!(credit.available(), window.known_free());
+                }
+            }
+        }
+
+        #[test]
+        fn no_sender_stalls_whatever_it_limits_itself_to(
+            window in 1u32..5000,
+            grown in 1u32..20_000,
+            own in 1u32..20_000,
+            limited in any::<bool>(),
+            packets in proptest::collection::vec((1u32..3000, 1u32..3000), 1..300),
+        ) {
+            let mut credit = SendCredit::new();
+            let mut receiver = ReceiveWindow::new(window);
+            receiver.set_self_limit(own);
+            let (buf_alloc, fwd_cnt) = receiver.tell();
+            prop_assert!(credit.update(buf_alloc, fwd_cnt).is_ok());
+            for (step, (send, take)) in packets.into_iter().enumerate() {
+                if step == 20 {
+                    receiver.grow(grown);
+                }
+                let own_room = own.saturating_sub(credit.in_flight());
+                let room = if limited { credit.available().min(own_room) } else { credit.available() };
+                let send = send.min(room);
+                credit.sent(send);
+                prop_assert!(receiver.receive(send));
+                receiver.forward(take.min(receiver.buffered()));
+                if receiver.update_is_due() {
+                    let (buf_alloc, fwd_cnt) = receiver.tell();
+                    prop_assert!(credit.update(buf_alloc, fwd_cnt).is_ok());
+                }
+                if receiver.buffered() == 0 {
+                    let own_room = own.saturating_sub(credit.in_flight());
+                    let room = if limited { credit.available().min(own_room) } else { credit.available() };
+                    prop_assert!(room > 0, "nothing is buffered and the sender waits");
                 }
             }
         }

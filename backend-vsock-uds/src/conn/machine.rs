@@ -238,6 +238,7 @@ impl Connection {
     /// # Errors
     /// [`BadCredit`]: the packet lies. The connection goes on with the earlier numbers.
     pub fn update_credit(&mut self, buf_alloc: u32, fwd_cnt: u32) -> Result<(), BadCredit> {
+        self.window.set_self_limit(buf_alloc);
         self.credit.update(buf_alloc, fwd_cnt)
     }
 

@@ -343,6 +343,8 @@ pub struct DpuSocket {
     pub kind: Kind,
     pub buf_alloc: u32,
     pub fwd_cnt: u32,
+    /// As Linux since CVE-2026-23086: sends no more ahead than it would receive itself.
+    pub limits_itself: bool,
     /// What the program in the DPU has not read yet.
     pub unread: u32,
     sent: u32,
@@ -367,6 +369,7 @@ impl DpuSocket {
             kind,
             buf_alloc: 256 << 10,
             fwd_cnt: 0,
+            limits_itself: false,
             unread: 0,
             sent: 0,
             peer_alloc: 0,
@@ -401,7 +404,8 @@ impl DpuSocket {
 
     /// Bytes the DPU may send.
     pub fn credit(&self) -> u32 {
-        self.peer_alloc.saturating_sub(self.sent.wrapping_sub(self.peer_fwd))
+        let room = if self.limits_itself { self.peer_alloc.min(self.buf_alloc) } else { self.peer_alloc };
+        room.saturating_sub(self.sent.wrapping_sub(self.peer_fwd))
     }
 
     /// Sends one packet with payload, whether there is credit or not.
