@@ -144,7 +144,7 @@ fn fsx(stage: &mut Stage<'_>, configuration: &str) -> Result<String> {
     for seed in ["1", "2", "3"] {
         let file = stage.dpu.path("file");
         let suite = program(&[
-            "fsx",
+            &format!("{SUITE_PROGRAMS}/fsx"),
             "-q",
             "-f",
             &stage.dpu.path("fsx.toml"),
