@@ -324,7 +324,6 @@ fn stress_ng(stage: &mut Stage<'_>) -> Result<String> {
         "seek",
         "symlink",
         "touch",
-        "unlink",
         "utime",
         "xattr",
     ];
