@@ -40,8 +40,12 @@ test-conformance: setup build  ## The real daemon under the virtio driver: attac
 	cargo test --release --locked -p virtio-driver -p conformance
 
 .PHONY: test-e2e
-test-e2e: setup build  ## The emulated DPU: stock Debian kernels, cases and third-party suites.
-	cargo run --release --locked -q -p e2e -- run --daemon $(BACKEND_FS)
+test-e2e: setup build  ## The emulated DPU: stock Debian kernels, one behaviour per case.
+	cargo run --release --locked -q -p e2e -- run --group basic --daemon $(BACKEND_FS)
+
+.PHONY: test-suites
+test-suites: setup build  ## Third-party suites in the emulated DPU: pjdfstest, fsx, fio, stress-ng, dbench, git, sqlite.
+	cargo run --release --locked -q -p e2e -- run --group conformance --daemon $(BACKEND_FS)
 
 .PHONY: bench
 bench: setup build  ## Side by side with virtiofsd, the C virtiofsd and the bare system calls. QUICK=1 for a look.

@@ -32,7 +32,7 @@ pub const CALLS: &[Call] = &[
     Call::any(libc::SYS_eventfd2, "memory that was lost"),
     Call::any(libc::SYS_pread64, "how long a worker waited for a processor"),
     // Host sockets.
-    Call::any(libc::SYS_openat, "the socket that a rule names; a filter of its own refuses all but O_PATH"),
+    Call::any(libc::SYS_openat, "the socket that a rule names; for more than a path a filter answers EACCES"),
     Call::with(libc::SYS_socket, 0, libc::AF_UNIX as u32, "connections to host programs"),
     Call::with(libc::SYS_socketpair, 0, libc::AF_UNIX as u32, "connections between DPUs"),
     Call::any(libc::SYS_connect, "connections to host programs"),

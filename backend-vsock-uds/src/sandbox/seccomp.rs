@@ -113,7 +113,6 @@ impl Call {
     }
 }
 
-const O_PATH: u64 = libc::O_PATH as u64;
 const PROT_EXEC: u64 = libc::PROT_EXEC as u64;
 
 /// What `pthread_create` asks of `clone`; a process would lack them.
@@ -170,11 +169,11 @@ pub fn install(mode: SeccompMode, tables: &[&[Call]]) -> Result<(), Error> {
         SeccompMode::Trap => SeccompAction::Trap,
     };
     let failed = |error: &dyn std::fmt::Display| Error::Seccomp(error.to_string());
-    // The allow list goes last: it does not allow to install another one.
+    // The others go first: the allow list may not allow to install another one.
     let fallback = compile_fallback().map_err(|error| failed(&error))?;
-    let no_content = compile_no_content().map_err(|error| failed(&error))?;
+    let paths_only = compile_paths_only().map_err(|error| failed(&error))?;
     let allow = compile(action, tables, own_pid()).map_err(|error| failed(&error))?;
-    for program in [fallback, no_content, allow] {
+    for program in [fallback, paths_only, allow] {
         seccompiler::apply_filter_all_threads(&program).map_err(|error| failed(&error))?;
     }
     Ok(())
@@ -215,11 +214,13 @@ fn compile_fallback() -> Result<BpfProgram, seccompiler::BackendError> {
     SeccompFilter::new(rules, SeccompAction::Allow, answer, arch()?)?.try_into()
 }
 
-/// No file can be opened for what is in it. That is an error and not the end: the C library looks into
-/// `/proc/sys/vm/overcommit_memory` before it gives memory back, and lives with the answer.
-fn compile_no_content() -> Result<BpfProgram, seccompiler::BackendError> {
-    let condition = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(O_PATH), 0)?;
-    let rules = BTreeMap::from([(libc::SYS_openat, vec![SeccompRule::new(vec![condition])?])]);
+/// `openat` for more than a path (`O_PATH`) is refused with `EACCES`, not punished: malloc counts the
+/// processors in `/sys` when threads are in each other's way, and looks into
+/// `/proc/sys/vm/overcommit_memory` before it gives memory back, and goes on without either.
+fn compile_paths_only() -> Result<BpfProgram, seccompiler::BackendError> {
+    let path = libc::O_PATH as u64;
+    let more = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(path), 0)?;
+    let rules = BTreeMap::from([(libc::SYS_openat, vec![SeccompRule::new(vec![more])?])]);
     let answer = SeccompAction::Errno(libc::EACCES.unsigned_abs());
     SeccompFilter::new(rules, SeccompAction::Allow, answer, arch()?)?.try_into()
 }
@@ -227,6 +228,24 @@ fn compile_no_content() -> Result<BpfProgram, seccompiler::BackendError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What malloc does when threads contend must not end the daemon; see [`compile_paths_only`]. The
+    /// filters stay with the thread that has them.
+    #[test]
+    fn opening_more_than_a_path_is_refused_and_not_punished() {
+        let tables = crate::daemon::TABLES;
+        let programs =
+            [compile_paths_only().unwrap(), compile(SeccompAction::KillThread, tables, own_pid()).unwrap()];
+        let opened = std::thread::spawn(move || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            programs.iter().for_each(|program| seccompiler::apply_filter(program).unwrap());
+            let open = |flags| rustix::fs::openat(rustix::fs::CWD, c"/", flags, rustix::fs::Mode::empty());
+            let whole = open(rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC).map(drop);
+            let path = open(rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC).map(drop);
+            (whole, path)
+        });
+        assert_eq!(opened.join().unwrap(), (Err(rustix::io::Errno::ACCESS), Ok(())));
+    }
 
     #[test]
     fn filter_fits_the_kernel_and_every_call_has_a_reason() {
